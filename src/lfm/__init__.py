@@ -1,0 +1,3 @@
+"""Learn from models."""
+
+__version__ = "0.1.0"

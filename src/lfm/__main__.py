@@ -1,0 +1,5 @@
+"""`python -m lfm` is the command `lfm`."""
+
+from lfm.cli import entry
+
+entry()

@@ -1,0 +1,42 @@
+"""Models on disk: read lazily and with suspicion, written in a stream and all or nothing, changed by deltas.
+
+Importing this package does not import torch; reading a tensor does.
+"""
+
+from lfm.checkpoint._adapter import read_adapter, save_adapter
+from lfm.checkpoint._delta import Change, Delta, Dense, LowRank, Patched, Replace, Scale, Sparse, compose
+from lfm.checkpoint._header import Spec, read_header
+from lfm.checkpoint._open import Checkpoint, FileWeights, open_checkpoint, read_json, refuse_quantised
+from lfm.checkpoint._weights import MemoryWeights, Weights, combine, dtype_name, torch_dtype
+from lfm.checkpoint._write import SHARD_BYTES, OutputFolder, TensorWriter, check_free, remember_output
+
+__all__ = [
+    "SHARD_BYTES",
+    "Change",
+    "Checkpoint",
+    "Delta",
+    "Dense",
+    "FileWeights",
+    "LowRank",
+    "MemoryWeights",
+    "OutputFolder",
+    "Patched",
+    "Replace",
+    "Scale",
+    "Sparse",
+    "Spec",
+    "TensorWriter",
+    "Weights",
+    "check_free",
+    "combine",
+    "compose",
+    "dtype_name",
+    "open_checkpoint",
+    "read_adapter",
+    "read_header",
+    "read_json",
+    "refuse_quantised",
+    "remember_output",
+    "save_adapter",
+    "torch_dtype",
+]

@@ -1,0 +1,43 @@
+"""Answers on stdout: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable[int] = ()) -> None:
+    """Print aligned columns; those in `numbers` are aligned on the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    right = set(numbers)
+    widths = [max(len(line[j]) for line in [list(head), *cells]) for j in range(len(head))]
+    for line in (list(head), ["-" * width for width in widths], *cells):
+        padded = (
+            cell.rjust(width) if j in right else cell.ljust(width)
+            for j, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        click.echo("  ".join(padded).rstrip())
+
+
+def as_json(value: Any) -> None:
+    """Print a value as JSON."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as people read it: `1.3 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def number(value: float | None) -> str:
+    """Return a measured value with four significant digits."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"

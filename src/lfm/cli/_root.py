@@ -1,0 +1,353 @@
+"""The commands. Each imports what it needs when it runs, so that help and listings answer at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lfm import __version__
+from lfm.cli import _options as options
+from lfm.cli import _print
+from lfm.cli._verbs import Suggesting, VerbGroup
+from lfm.errors import LfmError, RequestError
+from lfm.method import Access, Card, Data, Have, card, cards, first_line, level, methods_of, verbs
+
+
+class Root(Suggesting):
+    """All commands: the verbs that have methods, then the rest."""
+
+    def _verbs(self) -> dict[str, VerbGroup]:
+        return {name: VerbGroup(verb) for name, verb in verbs().items() if methods_of(name)}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self._verbs(), *self.commands]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return self.commands.get(cmd_name) or self._verbs().get(cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: list[tuple[str, Mapping[str, click.Command]]] = [
+            ("Methods by what they do", self._verbs()),
+            ("Recipes and results", self.commands),
+        ]
+        for title, commands in sections:
+            with formatter.section(title):
+                formatter.write_dl([(name, command.get_short_help_str(90)) for name, command in commands.items()])
+
+
+@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="lfm")
+def root() -> None:
+    """Learn from models: checkpoints in, a better checkpoint out.
+
+    \b
+    lfm merge ties A B --base C -o out    one step
+    lfm run recipe.yaml                   many
+    lfm advise --data none                what can be done with what you have
+    """
+
+
+@root.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@options.run_options
+@options.settings_options
+def run(recipe: Path, out: Path | None, overwrite: bool, dry_run: bool, json_: bool, **how: Any) -> None:
+    """Run a recipe: its steps, its evaluation, its report. What is done already is not done again."""
+    from lfm.cli._run import run_and_tell
+    from lfm.recipe.schema import load_recipe
+
+    found = load_recipe(find_recipe(recipe))
+    run_and_tell(found, options.settings_from(**how), out, overwrite=overwrite, dry_run=dry_run, json_=json_)
+
+
+@root.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
+@click.pass_context
+def validate(ctx: click.Context, recipe: Path, json_: bool) -> None:
+    """Check a recipe and the headers of all it names; exit code 1 and every problem, or 0."""
+    from lfm.recipe.schema import load_recipe
+    from lfm.recipe.step import Settings
+
+    problems: list[str] = []
+    try:
+        found = load_recipe(find_recipe(recipe))
+        from lfm.recipe.execute import plan
+
+        problems = plan(found, Settings(quiet=True)).problems
+    except RequestError as error:
+        problems = list(error.problems)
+    if json_:
+        _print.as_json({"recipe": str(recipe), "problems": problems})
+    elif problems:
+        click.echo("\n".join(problems))
+    else:
+        click.echo(f"{recipe}: no problems")
+    if problems:
+        ctx.exit(1)
+
+
+@root.command()
+@click.argument("verb", required=False)
+@click.argument("name", required=False)
+@click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
+def methods(verb: str | None, name: str | None, json_: bool) -> None:
+    """List the methods, those of a verb, or all about one."""
+    if verb and name:
+        _tell_method(card(verb, name), json_)
+        return
+    if verb and verb not in verbs():
+        card(verb, "")  # raises, with the nearest verb
+    chosen = [item for item in cards().values() if verb in (None, item.verb.name)]
+    if json_:
+        _print.as_json([_card_json(item) for item in chosen])
+    else:
+        _print.table(["verb", "method", "what it does"], [(c.verb.name, c.name, c.summary) for c in chosen])
+
+
+def _card_json(item: Card) -> dict[str, Any]:
+    needs = {
+        "access": item.needs.access.name.lower(),
+        "data": item.needs.data.name.lower(),
+        "trains": item.needs.trains,
+        "sources": item.needs.sources,
+        "base": item.needs.base,
+        "same_architecture": item.needs.same_architecture,
+        "same_tokenizer": item.needs.same_tokenizer,
+        "extras": item.needs.extras,
+    }
+    parameters = item.parameters.model_json_schema().get("properties", {})
+    return {
+        "verb": item.verb.name,
+        "method": item.name,
+        "summary": item.summary,
+        "paper": item.paper,
+        "needs": needs,
+        "parameters": parameters,
+    }
+
+
+def _tell_method(item: Card, json_: bool) -> None:
+    if json_:
+        _print.as_json(_card_json(item))
+        return
+    click.echo(f"{item.verb.name} {item.name}\n\n{item.doc}\n")
+    if item.paper:
+        click.echo(f"Paper: {item.paper}")
+    click.echo(f"Needs: {', '.join(_needs_in_words(item))}\n")
+    rows = [
+        (name, "required" if field.is_required() else field.default, field.description or "")
+        for name, field in item.parameters.model_fields.items()
+    ]
+    _print.table(["parameter", "default", "meaning"], rows)
+
+
+def _needs_in_words(item: Card) -> list[str]:
+    return item.needs.missing(Have(Access.LABELS, Data.NONE, trains=False, sources=0, base=False)) or ["nothing"]
+
+
+@root.command()
+@click.option(
+    "--access",
+    default="weights",
+    show_default=True,
+    metavar="LEVEL",
+    help="What your models offer: labels, probs, logits, gradients, weights.",
+)
+@click.option(
+    "--data",
+    default="none",
+    show_default=True,
+    metavar="LEVEL",
+    help="What data you have: none, statistics, unlabelled, few, labelled.",
+)
+@click.option("--train/--no-train", default=True, show_default=True, help="Whether training is possible.")
+@click.option("--sources", type=click.IntRange(0), default=2, show_default=True, help="How many models you have.")
+@click.option(
+    "--base/--no-base", default=True, show_default=True, help="Whether you have the model they were tuned from."
+)
+@click.option("--same-architecture/--different-architectures", default=True, show_default=True)
+@click.option("--same-tokenizer/--different-tokenizers", default=True, show_default=True)
+@click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
+def advise(access: str, data: str, train: bool, sources: int, base: bool, json_: bool, **same: bool) -> None:
+    """Say which methods can be run with the access and the data that you have, and why the others cannot."""
+    have = Have(
+        Access(level(Access, access)), Data(level(Data, data)), trains=train, sources=sources, base=base, **same
+    )
+    answers = [(item, item.needs.missing(have)) for item in cards().values()]
+    answers.sort(key=lambda answer: bool(answer[1]))
+    if json_:
+        _print.as_json(
+            [{"verb": c.verb.name, "method": c.name, "possible": not why, "missing": why} for c, why in answers]
+        )
+        return
+    rows = [("no" if why else "yes", c.verb.name, c.name, "; ".join(why) or c.summary) for c, why in answers]
+    _print.table(["", "verb", "method", "why"], rows)
+
+
+@root.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--digest", is_flag=True, help="Compute content digests (reads the weights).")
+@click.option("--allow-pickle", is_flag=True, help="Read PyTorch pickle weights (tensors only).")
+@click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
+def inspect(models: tuple[str, ...], tensors: bool, digest: bool, allow_pickle: bool, json_: bool) -> None:
+    """Say what checkpoints hold, from their headers: size, types, architecture, tokenizer, where they come from."""
+    from lfm.cli._checkpoints import describe, tell
+
+    found = [describe(model, tensors, digest, allow_pickle) for model in models]
+    if json_:
+        _print.as_json(found)
+    else:
+        tell(found)
+
+
+@root.command()
+@click.argument("before")
+@click.argument("after")
+@click.option("--allow-pickle", is_flag=True, help="Read PyTorch pickle weights (tensors only).")
+@click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
+@click.pass_context
+def diff(ctx: click.Context, before: str, after: str, allow_pickle: bool, json_: bool) -> None:
+    """Compare two checkpoints: which tensors differ, and how far each block has moved. Exit code 1 if they differ."""
+    from lfm.cli._checkpoints import compare
+
+    if compare(before, after, allow_pickle, json_):
+        ctx.exit(1)
+
+
+@root.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
+@click.pass_context
+def verify(ctx: click.Context, folder: Path, json_: bool) -> None:
+    """Check that a checkpoint made by lfm is as it was written: digest, finite numbers. Exit code 1 if not."""
+    from lfm.cli._checkpoints import verify_folder
+
+    if not verify_folder(folder, json_):
+        ctx.exit(1)
+
+
+@root.command()
+@click.argument("models", nargs=-1, required=True)
+@options.measure_options
+@click.option("--baseline", help="The model that others are compared with; the first if left out.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for report.html and results.json.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of everything random.")
+@click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
+@options.settings_options
+def evaluate(
+    models: tuple[str, ...],
+    accuracy: tuple[str, ...],
+    perplexity: tuple[str, ...],
+    drift: tuple[str, ...],
+    baseline: str | None,
+    out: Path | None,
+    seed: int,
+    json_: bool,
+    **how: Any,
+) -> None:
+    """Measure models on data, side by side."""
+    from lfm.cli._run import measure_and_tell
+
+    measures = options.measures_from(accuracy, perplexity, drift)
+    if not measures:
+        raise RequestError("what to measure? pass --accuracy DATA, --perplexity DATA or --drift DATA")
+    if baseline:
+        measures["baseline"] = Path(baseline).name
+    measure_and_tell(
+        [options.inline(model) for model in models], measures, options.settings_from(**how), out, seed, json_
+    )
+
+
+@root.group(cls=Suggesting)
+def recipes() -> None:
+    """Recipes that come with lfm: list, show, copy; and their JSON Schema, for editors."""
+
+
+def shipped() -> dict[str, Path]:
+    """Return the recipes that come with lfm, by name; a source checkout keeps them at its root."""
+    package = Path(__file__).parents[1]
+    folder = package / "recipes" if (package / "recipes").is_dir() else package.parents[1] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(path: Path) -> Path:
+    """Return a recipe's file: the path itself, or a shipped recipe of that name."""
+    return path if path.exists() or path.suffix else shipped().get(str(path), path)
+
+
+@recipes.command("ls")
+@click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
+def list_recipes(json_: bool) -> None:
+    """List the shipped recipes."""
+    rows = [(name, first_line(path.read_text(encoding="utf-8").lstrip("# "))) for name, path in shipped().items()]
+    if json_:
+        _print.as_json([{"recipe": name, "what": what} for name, what in rows])
+    else:
+        _print.table(["recipe", "what it does"], rows)
+
+
+def _shipped(name: str) -> Path:
+    from lfm.errors import did_you_mean
+
+    if name not in shipped():
+        raise RequestError(f"no shipped recipe {name!r}{did_you_mean(name, shipped())}; `lfm recipes ls` lists them")
+    return shipped()[name]
+
+
+@recipes.command("show")
+@click.argument("name")
+def show_recipe(name: str) -> None:
+    """Print a shipped recipe."""
+    click.echo(_shipped(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes.command("cp")
+@click.argument("name")
+@click.argument("to", type=click.Path(path_type=Path))
+def copy_recipe(name: str, to: Path) -> None:
+    """Copy a shipped recipe to a file of your own, to change and run."""
+    if to.exists():
+        raise RequestError(f"{to}: exists already; choose another name")
+    try:
+        to.write_bytes(_shipped(name).read_bytes())
+    except OSError as error:
+        raise LfmError(f"{to}: {error.strerror}") from None
+    click.echo(to)
+
+
+@recipes.command("schema")
+def recipe_schema() -> None:
+    """Print the JSON Schema of recipes."""
+    from lfm.recipe.schema import json_schema
+
+    _print.as_json(json_schema())
+
+
+@root.command()
+@click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
+def env(json_: bool) -> None:
+    """Print versions, devices and folders, for bug reports."""
+    from lfm.cli._environment import environment
+
+    found = environment()
+    if json_:
+        _print.as_json(found)
+    else:
+        _print.table(["what", "value"], found.items())
+
+
+@root.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell: `eval "$(lfm completion bash)"`."""
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    if found is None:
+        raise RequestError(f"no completion for {shell}")
+    click.echo(found(root, {}, "lfm", "_LFM_COMPLETE").source())

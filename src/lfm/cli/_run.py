@@ -1,0 +1,107 @@
+"""Running a recipe from the command line: the plan, the work, and the answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lfm.cli import _print
+from lfm.errors import RequestError
+from lfm.recipe.schema import Recipe, Step
+from lfm.recipe.step import Settings
+
+if TYPE_CHECKING:
+    from lfm.recipe.execute import RunPlan
+
+
+def run_and_tell(
+    recipe: Recipe, settings: Settings, out: Path | None, *, overwrite: bool, dry_run: bool, json_: bool
+) -> None:
+    """Run (or plan) a recipe and print what came of it."""
+    from lfm.recipe.execute import execute, plan
+
+    if dry_run:
+        made = plan(recipe, settings, out)
+        _tell_plan(made, json_)
+        if made.problems:
+            raise RequestError(*made.problems)
+        return
+    runs, catalogue = execute(recipe, settings, out, overwrite=overwrite)
+    from lfm.recipe.summary import evaluate, report, table_rows, tables
+
+    folder = runs[0].folder if recipe.single and runs else catalogue.out
+    measured = evaluate(recipe, catalogue)
+    report(recipe, runs, catalogue, measured, folder)
+    for note in (*(note for run in runs for note in run.lineage["notes"]), *(measured.notes if measured else ())):
+        click.echo(f"note: {note}", err=True)
+    made_tables = list(tables(measured)) if measured else []
+    if json_:
+        steps = [
+            {"step": run.step.name, "folder": str(run.folder), "skipped": run.skipped, "lineage": run.lineage}
+            for run in runs
+        ]
+        _print.as_json({"out": str(folder), "steps": steps, "tables": [table_rows(table) for table in made_tables]})
+        return
+    for run in runs:
+        done = "done before" if run.skipped else f"{run.lineage['seconds']:.1f} s"
+        click.echo(f"{run.folder}  {run.lineage['verb']} {run.lineage['method']}  {done}")
+    for table in made_tables:
+        click.echo()
+        _tell_table(table)
+    click.echo(f"\nreport: {folder / 'report.html'}")
+
+
+def _tell_table(table: Any) -> None:
+    heads = [f"{column.metric} {column.task} ({column.unit})" for column in table.columns]
+    rows = []
+    for name in table.rows:
+        cells = [table.cells.get((name, j)) for j in range(len(table.columns))]
+        rows.append([name, *("-" if cell is None else _print.number(cell.value) for cell in cells)])
+    _print.table([table.title, *heads], rows, numbers=range(1, len(heads) + 1))
+
+
+def _tell_plan(made: RunPlan, json_: bool) -> None:
+    if json_:
+        steps = [
+            {"step": step.name, "method": _called(step)}
+            | ({key: getattr(found, key) for key in ("reads", "writes", "memory", "notes")} if found else {})
+            for step, found in made.steps
+        ]
+        _print.as_json({"steps": steps, "problems": made.problems})
+        return
+    rows = []
+    for step, found in made.steps:
+        sizes = (found.reads, found.writes, found.memory) if found else ()
+        rows.append([step.name, _called(step), *(_print.size(count) for count in sizes), *([] if found else "???")])
+    _print.table(["step", "method", "reads", "writes", "memory"], rows, numbers=(2, 3, 4))
+    for step, found in made.steps:
+        for note in found.notes if found else ():
+            click.echo(f"note: {step.name}: {note}", err=True)
+
+
+def _called(step: Step) -> str:
+    return f"{step.card.verb.name} {step.card.name}"
+
+
+def measure_and_tell(
+    models: list[Any], measures: dict[str, Any], settings: Settings, out: Path | None, seed: int, json_: bool
+) -> None:
+    """Measure models and print the tables; with `out`, write report and results there."""
+    from lfm.api import measure_models
+    from lfm.recipe.summary import report, table_rows, tables
+
+    recipe, catalogue, measured = measure_models(models, measures, settings, seed)
+    for note in measured.notes:
+        click.echo(f"note: {note}", err=True)
+    found = list(tables(measured))
+    if json_:
+        _print.as_json([table_rows(table) for table in found])
+    else:
+        for index, table in enumerate(found):
+            click.echo("\n" if index else "", nl=False)
+            _tell_table(table)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        report(recipe, [], catalogue, measured, out)

@@ -1,0 +1,85 @@
+"""`lfm merge ties A B --base C -o out`: a command for every method, generated from its card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lfm.cli import _options as options
+from lfm.cli._run import run_and_tell
+from lfm.errors import RequestError, did_you_mean
+from lfm.method import Card, Verb, methods_of
+
+
+class Suggesting(click.Group):
+    """A group that answers a misspelt command with the nearest one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            hint = did_you_mean(args[0], self.list_commands(ctx))
+            raise click.UsageError(f"no such command {args[0]!r}{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+class VerbGroup(Suggesting):
+    """The methods of one verb; a method's options are made when it is asked for."""
+
+    def __init__(self, verb: Verb) -> None:
+        super().__init__(verb.name, help=verb.summary, no_args_is_help=True)
+        self._verb = verb
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(methods_of(self._verb.name))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        card = methods_of(self._verb.name).get(cmd_name)
+        return None if card is None else method_command(card)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Methods"):
+            formatter.write_dl([(name, card.summary) for name, card in methods_of(self._verb.name).items()])
+
+
+def method_command(card: Card) -> click.Command:
+    """Return the command that runs one method."""
+    paper = f"\n\nPaper: {card.paper}" if card.paper else ""
+
+    @options.settings_options
+    @options.measure_options
+    @options.run_options
+    @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything random.")
+    @click.option("--print-recipe", is_flag=True, help="Print the recipe of this command and do nothing.")
+    def command(**values: Any) -> None:
+        _run(card, values)
+
+    made = click.command(card.name, help=_rewrapped(card.doc) + paper, short_help=card.summary)(command)
+    made.params = [*options.field_params(card.verb.inputs, card.parameters), *made.params]
+    return made
+
+
+def _rewrapped(doc: str) -> str:
+    """Let click wrap prose and leave formulas and lists as they are."""
+    paragraphs = doc.split("\n\n")
+    return "\n\n".join(f"\b\n{part}" if part.startswith((" ", "1.")) else part for part in paragraphs)
+
+
+def _run(card: Card, values: dict[str, Any]) -> None:
+    from lfm.api import one_step
+
+    settings = options.settings_from(*(values.pop(name) for name in ("device", "threads", "allow_pickle", "quiet")))
+    measures = options.measures_from(*(values.pop(name) for name in ("accuracy", "perplexity", "drift")))
+    out, overwrite, dry_run, json_, seed, print_recipe = (
+        values.pop(name) for name in ("out", "overwrite", "dry_run", "json_", "seed", "print_recipe")
+    )
+    if out is None and not print_recipe:
+        raise RequestError("where to? pass -o FOLDER")
+    recipe = one_step(
+        card.verb.name, card.name, options.given_values(values), out=out or "out", seed=seed, evaluate=measures
+    )
+    if print_recipe:
+        click.echo(recipe.text, nl=False)
+        return
+    run_and_tell(recipe, settings, out, overwrite=overwrite, dry_run=dry_run, json_=json_)

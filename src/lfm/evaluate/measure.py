@@ -1,0 +1,163 @@
+"""Measuring models on data: accuracy and calibration, perplexity, drift from a baseline.
+
+Each measure takes a handle and needs no more of it than its interface gives: probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from lfm.data import Rows
+from lfm.errors import RequestError
+from lfm.evaluate.intervals import calibration_error, exponential, mean, percent, ratio, share
+from lfm.evaluate.spec import Evaluate
+from lfm.method import Access
+from lfm.models.encode import IGNORE, Batch, Examples, targets
+from lfm.models.handle import Model
+from lfm.models.local import load_model
+from lfm.models.ref import ModelRef
+from lfm.progress import Progress
+from lfm.recipe.step import Context
+from lfm.report import Estimate
+
+Better = Literal["higher", "lower", "none"]
+
+
+@dataclass
+class Measurement:
+    """One measure on one data set, for every model; None where a model cannot be measured on it."""
+
+    metric: str
+    data: str
+    better: Better
+    unit: str = ""
+    estimates: dict[str, Estimate | None] = field(default_factory=dict)
+
+
+@dataclass
+class Measured:
+    """All measurements, and remarks on what could not be measured."""
+
+    measurements: list[Measurement] = field(default_factory=list)
+    baseline: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, model: str, metric: str, data: str, better: Better, unit: str, estimate: Estimate | None) -> None:
+        for known in self.measurements:
+            if (known.metric, known.data, known.unit) == (metric, data, unit):
+                known.estimates[model] = estimate
+                return
+        self.measurements.append(Measurement(metric, data, better, unit, {model: estimate}))
+
+
+def measure(models: Mapping[str, ModelRef], spec: Evaluate, context: Context) -> Measured:
+    """Measure every model on every data set; models are loaded one at a time (and the baseline, for drift)."""
+    names = spec.compare or list(models)
+    measured = Measured(baseline=spec.baseline or names[0])
+    drift_from = _load(models[measured.baseline], context) if spec.drift else None
+    work = len(names) * (len(spec.accuracy) + len(spec.perplexity) + len(spec.drift))
+    with Progress("evaluate", work, context.settings.quiet) as progress:
+        for name in names:
+            try:
+                model = _load(models[name], context)
+            except RequestError as error:
+                measured.notes.append(f"{name} was not measured: {error}")
+                continue
+            for data, rows, look in _looks(spec, context, drift_from):
+                try:
+                    look(measured, name, data, model, model.encoder.encode(rows, spec.length), spec)
+                except RequestError as error:
+                    measured.notes.append(f"{name} on {data}: {error}")
+                progress.advance(1, f"{name} {data}")
+    return measured
+
+
+def _load(ref: ModelRef, context: Context) -> Model:
+    found = context.resolve(ref)
+    settings = context.settings
+    model = load_model(found, seed=context.seed, device=settings.device, allow_pickle=settings.allow_pickle)
+    return model.restrict(Access.PROBS)
+
+
+Look = Callable[[Measured, str, str, Model, Examples, Evaluate], None]
+
+
+def _looks(spec: Evaluate, context: Context, baseline: Model | None) -> Iterator[tuple[str, Rows, Look]]:
+    """Yield what to look at, and how."""
+    for data, source in spec.accuracy.items():
+        yield data, context.rows(source), _classify
+    for data, source in spec.perplexity.items():
+        yield data, context.rows(source), _predict_text
+    for data, source in spec.drift.items():
+        if baseline is not None:
+            yield data, context.rows(source), _drift_from(baseline)
+
+
+def batches(examples: Examples, size: int) -> Iterator[Batch]:
+    """Yield all examples, in order."""
+    for start in range(0, len(examples), size):
+        yield examples.batch(range(start, min(start + size, len(examples))))
+
+
+def _classify(measured: Measured, name: str, data: str, model: Model, examples: Examples, spec: Evaluate) -> None:
+    """Accuracy, negative log-likelihood, calibration error."""
+    correct, confidence, nll = [], [], []
+    for batch in batches(examples, spec.batch_size):
+        log_probs = model.log_probs(batch).cpu()
+        top = log_probs.max(-1)
+        correct.append(top.indices == batch["labels"])
+        confidence.append(top.values.exp())
+        nll.append(-log_probs.gather(-1, batch["labels"][:, None])[:, 0])
+    hits, sure, losses = (torch.cat(parts).double().numpy() for parts in (correct, confidence, nll))
+    measured.add(name, "accuracy", data, "higher", "%", percent(share(int(hits.sum()), len(hits))))
+    measured.add(name, "NLL", data, "lower", "nats", mean(losses))
+    measured.add(name, "ECE", data, "lower", "%", percent(Estimate(calibration_error(sure, hits), n=len(hits))))
+
+
+def _predict_text(measured: Measured, name: str, data: str, model: Model, examples: Examples, spec: Evaluate) -> None:
+    """Perplexity per token and per character. The former compares models with one tokenizer, the latter any models."""
+    sums, counts = [], []
+    for batch in batches(examples, max(1, spec.batch_size // 4)):
+        log_probs, labels = _per_token(model.log_probs(batch).cpu(), batch, model)
+        picked = -log_probs.gather(-1, labels.clamp_min(0)[..., None])[..., 0] * (labels != IGNORE)
+        sums.append(picked.double().sum(-1))
+        counts.append((labels != IGNORE).double().sum(-1))
+    nats, tokens = torch.cat(sums).numpy(), torch.cat(counts).numpy()
+    per_token = ratio(nats, tokens)
+    measured.add(name, "perplexity", data, "lower", "per token", exponential(per_token))
+    if examples.characters:
+        scale = float(tokens.sum()) / examples.characters
+        low, high = (None if bound is None else bound * scale for bound in (per_token.low, per_token.high))
+        per_character = Estimate(per_token.value * scale, low, high, per_token.n)
+        measured.add(name, "perplexity", data, "lower", "per character", exponential(per_character))
+
+
+def _per_token(values: torch.Tensor, batch: Batch, model: Model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return values and labels of the tokens that are predicted, (batch, length, ...)."""
+    labels = batch["labels"]
+    return (values[:, :-1], labels[:, 1:]) if model.task == "causal-lm" else (values, labels)
+
+
+def _drift_from(baseline: Model) -> Look:
+    """KL divergence from the baseline's distribution to the model's, and how often both choose the same."""
+
+    def look(measured: Measured, name: str, data: str, model: Model, examples: Examples, spec: Evaluate) -> None:
+        divergences, agreed = [], []
+        for batch in batches(examples, max(1, spec.batch_size // 4)):
+            before, labels = targets(baseline.log_probs(batch).cpu(), batch["labels"], model.task)
+            after, _ = targets(model.log_probs(batch).cpu(), batch["labels"], model.task)
+            if before.shape != after.shape:
+                raise RequestError(f"its {after.shape[-1]} classes are not the baseline's {before.shape[-1]}")
+            before, after = before[labels != IGNORE], after[labels != IGNORE]
+            # A class that neither gives any probability has two infinite logarithms, and adds nothing.
+            divergences.append((before.exp() * (before - after)).nan_to_num(nan=0.0).sum(-1).double())
+            agreed.append(before.argmax(-1) == after.argmax(-1))
+        same = torch.cat(agreed)
+        measured.add(name, "KL from baseline", data, "none", "nats", mean(torch.cat(divergences).numpy()))
+        measured.add(name, "agreement", data, "none", "%", percent(share(int(same.sum()), len(same))))
+
+    return look

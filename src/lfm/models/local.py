@@ -1,0 +1,445 @@
+"""Models in this process: any transformers model, and any torch module with a state dict."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from lfm.checkpoint import (
+    Checkpoint,
+    MemoryWeights,
+    OutputFolder,
+    Patched,
+    Spec,
+    dtype_name,
+    open_checkpoint,
+    read_json,
+)
+from lfm.errors import LfmError, RequestError, did_you_mean
+from lfm.method import Access
+from lfm.models.anatomy import anatomy
+from lfm.models.encode import Batch, Encoder, inputs_of
+from lfm.models.handle import Model
+from lfm.models.ref import ImageSpec, ModelRef, Task
+from lfm.recipe.step import Outline
+
+AUTO_CLASSES: dict[Task, str] = {
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+ENDINGS: dict[str, Task] = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+}
+
+
+class LocalBackend:
+    """A module in memory."""
+
+    offers = Access.WEIGHTS
+
+    def __init__(self, module: nn.Module, tokenizer: Any) -> None:
+        self.module = module
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        self.module.eval()
+        with torch.inference_mode():
+            inputs = {name: value.to(self.device) for name, value in inputs_of(batch).items()}
+            return forward(self.module, inputs).float()
+
+    def complete(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        if self._tokenizer is None or not hasattr(self.module, "generate"):
+            raise RequestError("this model does not write text")
+        self.module.eval()
+        answers = []
+        for prompt in prompts:
+            ids = self._tokenizer(prompt, return_tensors="pt")["input_ids"].to(self.device)
+            generate: Any = self.module.generate
+            with torch.inference_mode():
+                made = generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
+                )
+            answers.append(self._tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+        return answers
+
+
+def forward(module: nn.Module, inputs: Batch) -> torch.Tensor:
+    """Return a module's logits: a transformers model takes named inputs, a plain module its one input."""
+    if hasattr(module, "config"):
+        logits: torch.Tensor = module(**inputs).logits
+        return logits
+    made = module(next(iter(inputs.values())))
+    plain: torch.Tensor = made if isinstance(made, torch.Tensor) else made.logits
+    return plain
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    ref: ModelRef,
+    *,
+    access: Access = Access.WEIGHTS,
+    task: Task | None = None,
+    classes: Mapping[str, int] | None = None,
+    new_head: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    allow_pickle: bool = False,
+) -> Model:
+    """Load a model into memory, in float32 and evaluation mode.
+
+    `classes` gives a classifier its classes (label to index) where it has none, or in place of its own with
+    `new_head`; new weights are drawn from `seed`. Raises RequestError for models that cannot be loaded or do not fit.
+    """
+    if ref.module:
+        module, task, encoder = _plain_module(ref, classes, new_head, seed, allow_pickle)
+    else:
+        module, task, encoder = _transformers_model(ref, task or ref.task, classes, new_head, seed, allow_pickle)
+    try:
+        module = module.float().eval().to(device)
+    except RuntimeError as error:
+        raise RequestError(f"{ref.label}: cannot be moved to {device}: {str(error).splitlines()[0]}") from None
+    return Model(LocalBackend(module, encoder.tokenizer), access, task, encoder, ref.label)
+
+
+def outline_new(ref: ModelRef) -> Outline:
+    """Return what a model that is yet to be made will look like, without making it."""
+    with torch.device("meta"), _quiet_transformers():
+        if ref.module:
+            module = _build_plain(ref)
+            config = None
+        else:
+            made = _config(ref)
+            module = _auto_class(_task(ref.task, made, ref)).from_config(made)
+            config = made.to_dict() | {"architectures": [type(module).__name__]}
+    specs = {name: Spec(dtype_name(t.dtype), tuple(t.shape)) for name, t in unique_tensors(module).items()}
+    return Outline(ref, specs, config)
+
+
+def unique_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a module's state dict with every shared (tied) tensor once, under the first of its names."""
+    first: dict[int, str] = {}
+    for name, tensor in [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]:
+        first.setdefault(id(tensor), name)
+    own = set(first.values())
+    return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if name in own}
+
+
+def _transformers_model(
+    ref: ModelRef, task: Task | None, classes: Mapping[str, int] | None, new_head: bool, seed: int, allow_pickle: bool
+) -> tuple[nn.Module, Task, Encoder]:
+    checkpoint = open_checkpoint(ref.ref, allow_pickle=allow_pickle) if ref.ref else None
+    config = _config(ref, checkpoint)
+    task = _task(task, config, ref)
+    if task.endswith("classification"):
+        config, own = _with_classes(config, task, classes, new_head, ref, checkpoint)
+    else:
+        own = None
+    cls = _auto_class(task)
+    with _seeded(seed), _quiet_transformers():
+        try:
+            if checkpoint is None:
+                module = cls.from_config(config)
+            elif isinstance(checkpoint.weights, (Patched, MemoryWeights)):
+                tensors = {name: checkpoint.tensor(name) for name in checkpoint.specs}
+                module = cls.from_pretrained(None, config=config, state_dict=tensors, ignore_mismatched_sizes=new_head)
+            else:
+                module = cls.from_pretrained(checkpoint.folder, config=config, ignore_mismatched_sizes=new_head)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise RequestError(
+                f"{ref.label}: transformers cannot load it: {str(error).strip().splitlines()[0]}"
+            ) from error
+    folder = checkpoint.folder if checkpoint else None
+    image = (ref.image or _image_spec(config, folder)) if task == "image-classification" else None
+    return module, task, Encoder(task, _tokenizer(ref, folder, task), image, own)
+
+
+def _auto_class(task: Task) -> Any:
+    return getattr(importlib.import_module("transformers"), AUTO_CLASSES[task])
+
+
+def _config(ref: ModelRef, checkpoint: Checkpoint | None = None) -> Any:
+    """Return the transformers config of a model."""
+    from transformers import AutoConfig
+
+    if checkpoint is not None:
+        content = checkpoint.config
+        if content is None:
+            raise RequestError(
+                f"{ref.label}: has weights and no config.json; if it is a plain torch module, name the code that "
+                "builds it (`module: file.py:function`, or --module)"
+            )
+    else:
+        content = ref.config if isinstance(ref.config, dict) else read_json(Path(str(ref.config)))
+    settings = dict(content)
+    kind = settings.pop("model_type", None)
+    if not isinstance(kind, str):
+        raise RequestError(f"{ref.label}: its config names no model_type")
+    try:
+        return AutoConfig.for_model(kind, **settings)
+    except ValueError:
+        from transformers import CONFIG_MAPPING
+
+        hint = did_you_mean(kind, CONFIG_MAPPING)
+        raise RequestError(f"{ref.label}: transformers knows no model_type {kind!r}{hint}") from None
+
+
+def _task(asked: Task | None, config: Any, ref: ModelRef) -> Task:
+    """Return what the model is for: as asked, or as the class names in its config end."""
+    if asked is not None:
+        return asked
+    for name in config.architectures or ():
+        for ending, task in ENDINGS.items():
+            if name.endswith(ending):
+                return task
+    raise RequestError(
+        f"{ref.label}: its config does not say what it is for ({config.architectures or 'no architectures'}); "
+        f"give it a task: {', '.join(get_args(Task))}"
+    )
+
+
+def _with_classes(
+    config: Any,
+    task: Task,
+    classes: Mapping[str, int] | None,
+    new_head: bool,
+    ref: ModelRef,
+    checkpoint: Checkpoint | None,
+) -> tuple[Any, Mapping[str, int]]:
+    """Return the config with the classes that the model will have: its own, or the given ones with a new head."""
+    trained_for = [
+        ENDINGS.get(ending) for name in config.architectures or () for ending in ENDINGS if name.endswith(ending)
+    ]
+    has_head = checkpoint is not None and task in trained_for
+    if classes is not None and (new_head or not has_head):
+        config.label2id = dict(classes)
+        config.id2label = {index: name for name, index in classes.items()}
+        return config, classes
+    names = {str(name): int(index) for name, index in (config.label2id or {}).items()}
+    if set(names) == {f"LABEL_{index}" for index in range(len(names))}:  # the library's placeholder: numbers are names
+        names = {str(index): index for index in range(len(names))}
+    return config, names
+
+
+def _image_spec(config: Any, folder: Path | None) -> ImageSpec:
+    """Return the input format from preprocessor_config.json, or from the config with mean and deviation 0.5."""
+    path = folder / "preprocessor_config.json" if folder else None
+    saved = read_json(path) if path is not None and path.is_file() else {}
+    size = saved.get("size", getattr(config, "image_size", None))
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge")
+    if isinstance(size, (list, tuple)):
+        size = size[0]
+    channels = getattr(config, "num_channels", 3)
+    if not isinstance(size, int) or channels not in (1, 3):
+        raise RequestError("the size of the model's images is not in its files; give it `image: {size: ...}`")
+    neutral = [0.5] * channels
+    mean, std = saved.get("image_mean", neutral), saved.get("image_std", neutral)
+    return ImageSpec(size=size, channels=channels, mean=tuple(mean), std=tuple(std))
+
+
+def _tokenizer(ref: ModelRef, folder: Path | None, task: Task) -> Any:
+    """Return the model's tokenizer, or None for models that read no text or bring none."""
+    if task == "image-classification":
+        return None
+    from transformers import AutoTokenizer
+
+    source = ref.tokenizer or folder
+    if source is None or (
+        isinstance(source, Path) and not any(source.glob("*token*")) and not any(source.glob("vocab*"))
+    ):
+        return None
+    try:
+        with _quiet_transformers():
+            return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{ref.label}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+# --- plain modules --------------------------------------------------------------------------------------------------
+
+
+def _plain_module(
+    ref: ModelRef, classes: Mapping[str, int] | None, new_head: bool, seed: int, allow_pickle: bool
+) -> tuple[nn.Module, Task, Encoder]:
+    with _seeded(seed):
+        module = _build_plain(ref)
+    if ref.ref:
+        checkpoint = open_checkpoint(ref.ref, allow_pickle=allow_pickle)
+        tensors = {name: checkpoint.tensor(name) for name in checkpoint.specs}
+        if not new_head:
+            _fit_head(module, tensors)
+        mismatch = _state_problems(module, tensors)
+        if mismatch:
+            raise RequestError(f"{ref.label}: does not fit the module of {ref.module}:", *mismatch)
+        module.load_state_dict(tensors)
+    head = anatomy(module).head
+    if head is None:
+        raise RequestError(f"{ref.label}: no output layer found in the module of {ref.module}")
+    if classes is not None and new_head:
+        with _seeded(seed):
+            _replace_head(module, head, len(classes))
+    count = _classes(module, head)
+    own = classes if classes is not None and new_head else {str(index): index for index in range(int(count))}
+    task: Task = ref.task or "image-classification"
+    return module, task, Encoder(task, None, ref.image, own)
+
+
+def _fit_head(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give the module the number of classes that its weights have: a head may have been replaced when it was tuned."""
+    head = anatomy(module).head
+    weight = tensors.get(f"{head}.weight")
+    if head and weight is not None and weight.shape[0] != _classes(module, head):
+        _replace_head(module, head, weight.shape[0])
+
+
+def _classes(module: nn.Module, head: str) -> int:
+    weight = module.get_submodule(head).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
+
+
+def _replace_head(module: nn.Module, head: str, count: int) -> None:
+    old = module.get_submodule(head)
+    if not isinstance(old, nn.Linear):
+        raise RequestError(f"the output layer {head} is a {type(old).__name__}; only a Linear can be replaced")
+    parent, _, name = head.rpartition(".")
+    setattr(module.get_submodule(parent), name, nn.Linear(old.in_features, count, bias=old.bias is not None))
+
+
+def _build_plain(ref: ModelRef) -> nn.Module:
+    """Run the code that the user named; it is the only code of theirs that is ever run."""
+    place, _, name = str(ref.module).rpartition(":")
+    if not place:
+        raise RequestError(f"module: {ref.module}: write `path/file.py:function` or `package.module:function`")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            if spec is None or spec.loader is None or not Path(place).is_file():
+                raise RequestError(f"module: {place}: no such file")
+            found = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(found)
+        else:
+            found = importlib.import_module(place)
+        build = getattr(found, name)
+    except ImportError as error:
+        raise RequestError(f"module: {place}: {error}") from error
+    except AttributeError:
+        raise RequestError(f"module: {place} has no {name!r}{did_you_mean(name, vars(found))}") from None
+    module = build(**ref.arguments)
+    if not isinstance(module, nn.Module):
+        raise RequestError(f"module: {ref.module} returned {type(module).__name__}, not a torch module")
+    return module
+
+
+def _state_problems(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    state = module.state_dict()
+    problems = [f"the weights lack {name!r}" for name in state if name not in tensors]
+    problems += [f"the module has no {name!r}" for name in tensors if name not in state]
+    problems += [
+        f"{name!r} is {list(tensors[name].shape)} in the weights and {list(tensor.shape)} in the module"
+        for name, tensor in state.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    return problems[:8]
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+def save_model(model: Model, folder: OutputFolder, dtype: torch.dtype | None) -> tuple[str, dict[str, str]]:
+    """Write a model with everything that it needs into an output folder; returns digest and tensor digests.
+
+    Floating-point weights are cast to `dtype` where one is given.
+    """
+    module = model.module.cpu()
+    if dtype is not None:
+        module = module.to(dtype)
+    if hasattr(module, "save_pretrained"):
+        # transformers knows how its names in memory map to those on disk; its files are re-written by our writer.
+        draft = folder.resume / "saved"
+        with _quiet_transformers():
+            save: Any = module.save_pretrained
+            save(draft)
+        weights = open_checkpoint(draft).weights
+        folder.copy({path.name: path for path in sorted(draft.glob("*config.json"))})
+    else:
+        weights = MemoryWeights(unique_tensors(module))
+    writer = folder.tensors(weights.specs)
+    for name in weights.specs:
+        for _, part in weights.chunks(name, 1 << 20):
+            if part.is_floating_point() and not torch.isfinite(part).all():
+                raise LfmError(f"tensor {name!r} holds NaN or Inf after training; lower the learning rate")
+            writer.write(name, part)
+    digest = writer.finish()
+    if model.encoder.tokenizer is not None:
+        model.encoder.tokenizer.save_pretrained(folder.partial)
+    if model.encoder.image is not None and hasattr(module, "config"):
+        folder.write_json("preprocessor_config.json", _preprocessor(model.encoder.image))
+    return digest, writer.digests()
+
+
+def _preprocessor(image: ImageSpec) -> dict[str, Any]:
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": image.size, "width": image.size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+    }
+
+
+# --- surroundings ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw initial weights from `seed`, and leave the global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep the library's bars and remarks off stderr; what matters of them is said by us."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+__all__ = ["LocalBackend", "forward", "load_model", "outline_new", "save_model", "unique_tensors"]

@@ -1,0 +1,101 @@
+"""YAML that remembers its lines, so that every complaint about a recipe can say where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lfm.errors import RequestError
+
+MAX_NODES = 100_000  # aliases can make a small file enormous
+Place = tuple[str | int, ...]
+
+
+@dataclass
+class Located:
+    """The content of a YAML file, and the line of every value in it."""
+
+    name: str
+    value: Any
+    lines: dict[Place, int] = field(default_factory=dict)
+
+    def where(self, place: Iterable[str | int]) -> str:
+        """Return `file:line: dotted.place`, with the line of the nearest enclosing value that has one."""
+        place = tuple(place)
+        line = next((self.lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in self.lines), None)
+        dotted = ".".join(str(part) for part in place)
+        return ": ".join(part for part in (self.name if line is None else f"{self.name}:{line}", dotted) if part)
+
+
+def read_yaml(path: Path) -> Located:
+    """Return a YAML file's content. Raises RequestError, with the line, for anything that is not plain YAML."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, name: str) -> Located:
+    """Return the content of a YAML text; `name` stands for the file in messages."""
+    located = Located(name, None)
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is not None:
+                located.value = _Reader(loader, located).read(node, ())
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise RequestError(f"{name}{line}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise RequestError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise RequestError(f"{name}: nested too deeply") from None
+    return located
+
+
+class _Reader:
+    def __init__(self, loader: yaml.SafeLoader, located: Located) -> None:
+        self._loader = loader
+        self._located = located
+        self._count = 0
+
+    def read(self, node: yaml.Node, place: Place) -> Any:
+        self._count += 1
+        if self._count > MAX_NODES:
+            raise RequestError(f"{self._located.name}: more than {MAX_NODES:,} values, counting every use of an alias")
+        line = node.start_mark.line + 1
+        self._located.lines.setdefault(place, line)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, place)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.read(item, (*place, index)) for index, item in enumerate(node.value)]
+        try:
+            return self._loader.construct_object(node)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise RequestError(f"{self._located.where(place)}: {error}") from None
+
+    def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
+        self._loader.flatten_mapping(node)
+        found: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self._loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                written = getattr(key_node, "value", "a list or mapping")
+                raise RequestError(f"{self._located.name}:{line}: the key {written!r} is not text; put it in quotes")
+            if key in found:
+                raise RequestError(f"{self._located.name}:{line}: the key {key!r} stands here twice")
+            self._located.lines[(*place, key)] = line
+            found[key] = self.read(value_node, (*place, key))
+        return found

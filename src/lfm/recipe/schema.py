@@ -1,0 +1,272 @@
+"""Recipes: what they may say, checked in one go and without importing torch.
+
+    lfm: 1
+    seed: 0
+    models: {base: org/small, chat: org/small-chat}
+    steps:
+      code:   {tune: full, model: base, data: train.jsonl}
+      merged: {merge: ties, base: base, models: [code, chat], density: 0.3}
+    evaluate: {perplexity: test.txt, compare: [base, merged]}
+    out: runs/demo
+
+A step names one verb and one of its methods; its other keys are the verb's inputs and the method's parameters. Paths
+are relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lfm.errors import RequestError, did_you_mean
+from lfm.evaluate.spec import Evaluate
+from lfm.method import Card, Inputs, Method, cards, methods_of, verbs
+from lfm.models.ref import ModelRef
+from lfm.recipe._yaml import Located, read_yaml
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a recipe: a method, its inputs and its parameters, all of them valid as far as types go."""
+
+    name: str
+    card: Card
+    inputs: Inputs
+    parameters: Mapping[str, Any]
+
+    @cached_property
+    def method(self) -> Method:
+        """The method itself; imports its module."""
+        return self.card.load()(**self.parameters)
+
+    def models(self) -> Iterator[ModelRef]:
+        """Yield every model that the step takes."""
+        for _, ref in self.roles():
+            yield ref
+
+    def roles(self) -> Iterator[tuple[str, ModelRef]]:
+        """Yield (input, model) for every model that the step takes."""
+        for role in type(self.inputs).model_fields:
+            value = getattr(self.inputs, role)
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, ModelRef):
+                    yield role, item
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the step as a recipe writes it, defaults left out."""
+        inputs = self.inputs.model_dump(mode="json", exclude_defaults=True)
+        shortened = {role: _shorten(value) for role, value in inputs.items()}
+        return {self.card.verb.name: self.card.name, **shortened, **dict(self.parameters)}
+
+
+def _shorten(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_shorten(item) for item in value]
+    if isinstance(value, dict) and set(value) in ({"ref"}, {"path"}):
+        return next(iter(value.values()))
+    return value
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe."""
+
+    steps: Mapping[str, Step]
+    models: Mapping[str, ModelRef]
+    out: Path | None
+    seed: int = 0
+    evaluate: Evaluate | None = None
+    text: str = ""
+    single: bool = False  # one step that writes `out` itself, as the one-step verbs do
+
+
+class _Frame(BaseModel):
+    """The recipe without its steps."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lfm: int = Field(description=f"Version of the recipe language: {VERSION}.", ge=VERSION, le=VERSION)
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
+    models: dict[str, ModelRef] = Field({}, description="Models by name.")
+    steps: dict[str, dict[str, Any]] = Field({}, description="What to do, by the name of what comes out.")
+    evaluate: Evaluate | None = Field(None, description="What to measure at the end, of which models.")
+    out: str | None = Field(None, description="Folder of the run; -o takes precedence.")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file. Raises RequestError with every problem in it, each with file and line."""
+    located = read_yaml(path)
+    return check_recipe(located, path.read_text(encoding="utf-8"))
+
+
+def check_recipe(located: Located, text: str = "") -> Recipe:
+    """Turn what a recipe file holds into a Recipe, or raise RequestError with everything that is wrong."""
+    if not isinstance(located.value, dict):
+        raise RequestError(f"{located.name}: a recipe is a mapping with the keys lfm, models, steps; this is not one")
+    problems: list[str] = []
+    frame = validate(_Frame, located.value, located, (), problems)
+    raw_steps = located.value.get("steps")
+    steps: dict[str, Step] = {}
+    for name, raw in raw_steps.items() if isinstance(raw_steps, dict) else ():
+        if isinstance(raw, dict):
+            step = check_step(name, raw, located, ("steps", name), problems)
+            if step is not None:
+                steps[name] = step
+    if frame is not None and not problems:
+        problems += [f"{located.where(place)}: {text}" for place, text in _name_problems(frame, steps)]
+        problems += [f"{located.where(('steps', name))}: {text}" for name, text in _cycles(steps)]
+    if problems or frame is None:
+        raise RequestError(*problems)
+    out = Path(frame.out) if frame.out else None
+    return Recipe(steps, frame.models, out, frame.seed, frame.evaluate, text)
+
+
+def check_step(
+    name: str, raw: Mapping[str, Any], located: Located, place: tuple[str | int, ...], problems: list[str]
+) -> Step | None:
+    """Check one step; adds to `problems` and returns None where it cannot be understood."""
+    named = [key for key in raw if key in verbs()]
+    if len(named) != 1:
+        known = ", ".join(verbs())
+        hints = "".join(did_you_mean(key, verbs()) for key in raw if key not in verbs()) if not named else ""
+        problems.append(f"{located.where(place)}: a step has one of the keys {known}; got {named or 'none'}{hints}")
+        return None
+    verb, method = verbs()[named[0]], raw[named[0]]
+    known_methods = methods_of(verb.name)
+    if method not in known_methods:
+        problems.append(
+            f"{located.where((*place, verb.name))}: unknown method {method!r}"
+            f"{did_you_mean(str(method), known_methods)} (`lfm methods` lists them)"
+        )
+        return None
+    card = known_methods[method]
+    inputs_keys, parameter_keys = set(verb.inputs.model_fields), set(card.parameters.model_fields)
+    before = len(problems)
+    for key in raw:
+        if key not in inputs_keys | parameter_keys | {verb.name}:
+            hint = did_you_mean(key, sorted(inputs_keys | parameter_keys))
+            problems.append(f"{located.where((*place, key))}: unknown key{hint}")
+    inputs = validate(verb.inputs, {k: v for k, v in raw.items() if k in inputs_keys}, located, place, problems)
+    given = {key: value for key, value in raw.items() if key in parameter_keys}
+    parameters = validate(card.parameters, given, located, place, problems)
+    if inputs is None or parameters is None or len(problems) > before:
+        return None
+    return Step(name, card, inputs, parameters.model_dump(exclude_unset=True))
+
+
+def validate(
+    model: type[BaseModel], value: Any, located: Located, place: tuple[str | int, ...], problems: list[str]
+) -> Any:
+    """Return `value` as a `model`, or None, with a line for each thing that is wrong added to `problems`."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            problems.append(f"{located.where((*place, *_place(item['loc'], value)))}: {_message(item, model)}")
+        return None
+
+
+def _place(loc: tuple[str | int, ...], value: Any) -> tuple[str | int, ...]:
+    """Keep the part of pydantic's location that exists in the file; it also names alternatives of unions."""
+    place: list[str | int] = []
+    for part in loc:
+        if isinstance(value, dict) and isinstance(part, str):
+            place.append(part)
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            place.append(part)
+            value = value[part]
+    return tuple(place)
+
+
+def _message(item: Any, model: type[BaseModel]) -> str:
+    kind, got = item["type"], item["input"]
+    if kind == "extra_forbidden":
+        known = model.model_fields if len(item["loc"]) == 1 else ()
+        return f"unknown key{did_you_mean(str(item['loc'][-1]), known)}"
+    if kind == "missing":
+        return "is missing"
+    text = str(item["msg"]).removeprefix("Value error, ")
+    return text if isinstance(got, (dict, list)) or kind == "value_error" else f"{text} (got {got!r})"
+
+
+def _name_problems(frame: _Frame, steps: Mapping[str, Step]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Yield what is wrong with names: used twice, unsafe as folders, or near misses of names that exist."""
+    names = [*frame.models, *steps]
+    for name in steps:
+        if name in frame.models:
+            yield ("steps", name), f"{name!r} is the name of a model too"
+        if Path(name).name != name or name.startswith("."):
+            yield ("steps", name), f"{name!r} cannot name a folder"
+    for name, step in steps.items():
+        for role, ref in step.roles():
+            if ref.ref == name:
+                yield ("steps", name, role), "a step cannot take its own output"
+            elif ref.ref and ref.ref not in names and not Path(ref.ref).exists() and "/" not in ref.ref:
+                yield (
+                    ("steps", name, role),
+                    f"{ref.ref!r} is no model or step of this recipe{did_you_mean(ref.ref, names)}",
+                )
+    if frame.evaluate is not None:
+        for name in (*(frame.evaluate.compare or ()), *([frame.evaluate.baseline] if frame.evaluate.baseline else ())):
+            if name not in names:
+                yield ("evaluate",), f"{name!r} is no model or step of this recipe{did_you_mean(name, names)}"
+
+
+def _cycles(steps: Mapping[str, Step]) -> Iterator[tuple[str, str]]:
+    try:
+        in_order(steps)
+    except RequestError as error:
+        yield next(iter(steps)), str(error)
+
+
+def in_order(steps: Mapping[str, Step]) -> list[Step]:
+    """Return the steps so that each comes after those whose output it takes; otherwise in the recipe's order."""
+    done: dict[str, Step] = {}
+    waiting = dict(steps)
+    while waiting:
+        ready = [name for name, step in waiting.items() if not any(ref.ref in waiting for ref in step.models())]
+        if not ready:
+            raise RequestError(f"these steps wait for each other: {', '.join(waiting)}")
+        done[ready[0]] = waiting.pop(ready[0])
+    return list(done.values())
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of recipes, every verb and method included, for editors."""
+    frame = _Frame.model_json_schema()
+    definitions = frame.setdefault("$defs", {})
+    alternatives = []
+    for (verb, name), card in cards().items():
+        inputs = card.verb.inputs.model_json_schema()
+        parameters = card.parameters.model_json_schema()
+        definitions |= inputs.pop("$defs", {}) | parameters.pop("$defs", {})
+        alternatives.append(
+            {
+                "title": f"{verb} {name}",
+                "description": card.summary,
+                "type": "object",
+                "properties": {verb: {"const": name}, **inputs["properties"], **parameters.get("properties", {})},
+                "required": [verb, *inputs.get("required", ()), *parameters.get("required", ())],
+                "additionalProperties": False,
+            }
+        )
+    frame["properties"]["steps"]["additionalProperties"] = {"oneOf": alternatives}
+    for definition, short in (("ModelRef", "ref"), ("DataSpec", "path")):
+        if definition in definitions:
+            full = definitions[definition]
+            definitions[definition] = {"anyOf": [{"type": "string", "description": f"Short for {short}."}, full]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lfm recipe", **frame}
+
+
+def dump(value: Any) -> str:
+    """Return canonical JSON, the form in which things are hashed."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)

@@ -1,0 +1,153 @@
+"""After the steps: measure what came out, and tell it - as a table on stdout, as JSON, as a report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lfm import __version__
+from lfm.evaluate.change import relative_change
+from lfm.evaluate.measure import Measured, measure
+from lfm.models.ref import ModelRef
+from lfm.recipe.catalogue import Catalogue, short_name
+from lfm.recipe.execute import StepRun
+from lfm.recipe.lineage import environment
+from lfm.recipe.schema import Recipe, Step
+from lfm.report import Column, Curve, HeatMap, Node, Note, Run, Table, TrainingLog, write
+
+GROUPS = {
+    "accuracy": "Classification",
+    "NLL": "Classification",
+    "ECE": "Classification",
+    "perplexity": "Language modelling",
+}
+
+
+def evaluate(recipe: Recipe, catalogue: Catalogue) -> Measured | None:
+    """Measure what the recipe asks for; None if it asks for nothing."""
+    if recipe.evaluate is None:
+        return None
+    return measure(catalogue.names(), recipe.evaluate, catalogue)
+
+
+def report(recipe: Recipe, runs: list[StepRun], catalogue: Catalogue, measured: Measured | None, out: Path) -> None:
+    """Write `report.html` and `results.json` into the run's folder."""
+    run = summarise(recipe, runs, catalogue, measured, out.name)
+    write(run, out / "report.html")
+    results = {"tables": [table_rows(table) for table in run.tables], "notes": [note.text for note in run.notes]}
+    (out / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def summarise(recipe: Recipe, runs: list[StepRun], catalogue: Catalogue, measured: Measured | None, title: str) -> Run:
+    """Return everything that the report shows."""
+    notes = [Note("info", f"{run.step.name}: {note}") for run in runs for note in run.lineage["notes"]]
+    notes += [Note("warning", note) for note in (measured.notes if measured else ())]
+    return Run(
+        title=title,
+        version=__version__,
+        nodes=tuple(_nodes(recipe, runs, catalogue)),
+        tables=tuple(tables(measured)) if measured else (),
+        logs=tuple(_logs(runs)),
+        heat_maps=tuple(_heat_maps(runs, catalogue)),
+        notes=tuple(notes),
+        recipe=recipe.text,
+        environment=environment(),
+    )
+
+
+def tables(measured: Measured) -> Iterator[Table]:
+    """Yield a table for each kind of measure."""
+    for title in ("Classification", "Language modelling", "Drift"):
+        chosen = [item for item in measured.measurements if GROUPS.get(item.metric, "Drift") == title]
+        rows = tuple(dict.fromkeys(model for item in chosen for model in item.estimates))
+        if chosen:
+            yield Table(
+                title=title,
+                rows=rows,
+                columns=tuple(Column(item.metric, item.data, item.better, item.unit) for item in chosen),
+                cells={(row, j): item.estimates.get(row) for j, item in enumerate(chosen) for row in rows},
+                baseline=measured.baseline if measured.baseline in rows else None,
+            )
+
+
+def table_rows(table: Table) -> dict[str, Any]:
+    """Return a table as plain JSON values: for each model, each measure with its interval."""
+    heads = [" ".join(part for part in (column.metric, column.task, column.unit) if part) for column in table.columns]
+    rows: dict[str, Any] = {}
+    for (row, j), cell in table.cells.items():
+        if cell is not None:
+            rows.setdefault(row, {})[heads[j]] = {"value": cell.value, "low": cell.low, "high": cell.high, "n": cell.n}
+    return {"title": table.title, "baseline": table.baseline, "rows": rows}
+
+
+def _nodes(recipe: Recipe, runs: list[StepRun], catalogue: Catalogue) -> Iterator[Node]:
+    named: dict[str, ModelRef] = dict(recipe.models)
+    for run in runs:
+        for ref in run.step.models():
+            if ref.ref not in recipe.steps and ref.ref not in recipe.models:
+                named.setdefault(_node_name(ref, recipe), ref)
+    for name, ref in named.items():
+        detail = {key: str(value) for key, value in ref.model_dump(exclude_defaults=True).items()}
+        yield Node(name, "model", digest=catalogue.digest(ref), detail=detail)
+    for run in runs:
+        lineage = run.lineage
+        shown = {key: str(value) for key, value in _given(run.step).items()}
+        yield Node(
+            name=run.step.name,
+            kind="step",
+            verb=lineage["verb"],
+            method=lineage["method"],
+            inputs=tuple(dict.fromkeys(_node_name(ref, recipe) for ref in run.step.models())),
+            digest=lineage["output"]["digest"],
+            detail={**shown, "seconds": "done before" if run.skipped else f"{lineage['seconds']:.1f}"},
+        )
+
+
+def _node_name(ref: ModelRef, recipe: Recipe) -> str:
+    known = ref.ref in recipe.steps or ref.ref in recipe.models
+    return str(ref.ref) if known else short_name(ref)
+
+
+def _given(step: Step) -> Mapping[str, Any]:
+    """Return the parameters and inputs that were given, models apart."""
+    inputs = step.inputs.model_dump(mode="json", exclude_defaults=True)
+    models = {role for role, _ in step.roles()}
+    return {**{role: value for role, value in inputs.items() if role not in models}, **step.parameters}
+
+
+def _logs(runs: list[StepRun]) -> Iterator[TrainingLog]:
+    for run in runs:
+        path = run.folder / "training.jsonl"
+        if not path.is_file():
+            continue
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        curves = []
+        for key in ("loss", "validation"):
+            points = [(record["step"], record[key]) for record in records if key in record]
+            if points:
+                curves.append(Curve(key, tuple(x for x, _ in points), tuple(y for _, y in points)))
+        yield TrainingLog(run.step.name, tuple(curves))
+
+
+def _heat_maps(runs: list[StepRun], catalogue: Catalogue) -> Iterator[HeatMap]:
+    """Yield, for each base, how far the blocks of everything made from it have moved."""
+    by_base: dict[str, dict[str, dict[str, float]]] = {}
+    for run in runs:
+        roles = dict(reversed(list(run.step.roles())))
+        origin = roles.get("base") or roles.get("model")
+        if origin is None or catalogue.resolve(origin).ref is None:
+            continue
+        moved = relative_change(catalogue.open(origin).weights, catalogue.open(ModelRef(ref=run.step.name)).weights)
+        by_base.setdefault(short_name(origin), {})[run.step.name] = moved
+    for base, rows in by_base.items():
+        columns = list(dict.fromkeys(group for row in rows.values() for group in row))
+        yield HeatMap(
+            title=f"Change from {base}",
+            rows=tuple(rows),
+            columns=tuple(columns),
+            values=tuple(tuple(row.get(column) for column in columns) for row in rows.values()),
+            unit="|after - before| / |before|",
+            note="Frobenius norm of the change of each part of the model, relative to that part.",
+        )

@@ -1,0 +1,26 @@
+"""Interpolate between a base and its fine-tune, to keep what the base could do outside the tuning data.
+
+    theta = (1 - alpha) theta_0 + alpha theta_1
+
+alpha = 0 returns the base and alpha = 1 the fine-tune, bit for bit. Half-way usually wins under distribution shift at
+little or no cost on the tuning task.
+"""
+
+import torch
+from pydantic import Field
+
+from lfm.method import Needs
+from lfm.reuse.merge._contract import Chunk, Merge
+
+
+class WiseFt(Merge):
+    needs = Needs(sources=(1, 1), base=True, same_architecture=True, same_tokenizer=True)
+    paper = "https://arxiv.org/abs/2109.01903"
+    weighted = False
+
+    alpha: float = Field(0.5, ge=0, le=1, description="0 is the base, 1 the fine-tune.")
+
+    def merge(self, chunk: Chunk, measured: None) -> torch.Tensor:
+        if self.alpha in (0, 1):
+            return chunk.the_base if self.alpha == 0 else chunk.sources[0]
+        return chunk.the_base.mul_(1 - self.alpha).add_(chunk.sources[0].mul_(self.alpha))

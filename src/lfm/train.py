@@ -1,0 +1,272 @@
+"""The one training loop. It knows batches, losses, schedules and how to survive a kill; it knows no method.
+
+Every step draws its randomness from (seed, step) and its batch from the step's number, so a run that was killed goes on
+from its last saved state to the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import Field
+
+from lfm.errors import LfmError
+from lfm.method import Method
+from lfm.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lfm.models.encode import Batch
+
+Loss = Callable[["nn.Module", "Batch"], "Mapping[str, torch.Tensor]"]
+
+
+class Trained(Method):
+    """A method that trains: how long, how fast, and when to stop."""
+
+    epochs: float = Field(3.0, gt=0, description="Passes over the data.")
+    steps: int | None = Field(None, ge=1, description="Optimiser steps, in place of epochs.")
+    batch_size: int = Field(16, ge=1, description="Examples (windows, for text) in a batch.")
+    accumulate: int = Field(1, ge=1, description="Batches whose gradients are summed into one step.")
+    learning_rate: float = Field(1e-4, ge=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the learning rate falls.")
+    warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps over which the learning rate rises.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay; not on biases and norms.")
+    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="Arithmetic of forward and backward pass.")
+    patience: int | None = Field(
+        None, ge=1, description="Stop after this many validations without a better loss, and return the best weights."
+    )
+    validate_every: int = Field(50, ge=1, description="Steps between validations.")
+
+
+class Source(Protocol):
+    """Where batches come from. The same number gives the same batch, so that a run can be taken up again."""
+
+    def batch(self, number: int) -> Batch: ...
+
+
+class Stateful(Protocol):
+    """A source that learns as it goes, such as a generator, and is saved with the run."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None: ...
+
+
+@dataclass
+class Log:
+    """What happened: one record for each step, one for each validation."""
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    validations: list[dict[str, float]] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Write the records as JSON lines."""
+        records = [json.dumps(record) for record in (*self.steps, *self.validations)]
+        path.write_text("\n".join(records) + "\n", encoding="utf-8")
+
+
+@dataclass
+class _State:
+    """Everything that a run is, between two steps."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    source: Source
+    step: int = 0
+    log: Log = field(default_factory=Log)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+    best_loss: float = math.inf
+    best_step: int = 0
+
+
+def fit(
+    module: nn.Module,
+    source: Source,
+    loss: Loss,
+    groups: Iterable[Mapping[str, Any]],
+    method: Trained,
+    *,
+    steps: int,
+    seed: int,
+    device: str,
+    resume: Path,
+    validate: Callable[[], float] | None = None,
+    save_seconds: float = 600.0,
+    quiet: bool = False,
+) -> Log:
+    """Train `module` in place for `steps` steps and return the log.
+
+    `groups` are AdamW parameter groups, each with its `lr`; what is in none of them stays as it is. `loss` returns
+    named terms, whose sum is minimised. State is saved into `resume` every `save_seconds`, and taken up from there.
+    Raises LfmError when the loss is no longer a number.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process may train in several precisions, one by one
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="bf16" if method.precision == "bfloat16" else "no",
+        step_scheduler_with_optimizer=False,
+    )
+    optimizer = torch.optim.AdamW([{**group, "peak": group["lr"]} for group in groups], foreach=False)
+    module.train()
+    module, optimizer = accelerator.prepare(module, optimizer)
+    state = _State(module, optimizer, source)
+    _load(state, resume)
+    saved_at = time.monotonic()
+    with Progress("train", steps, quiet) as progress:
+        progress.advance(state.step)
+        while state.step < steps:
+            _step(state, loss, method, steps, seed, accelerator)
+            progress.advance(1, f"loss {state.log.steps[-1]['loss']:.4g}")
+            due = state.step % method.validate_every == 0 or state.step == steps
+            if validate is not None and due and _stop(state, validate, method):
+                break
+            if time.monotonic() - saved_at > save_seconds:
+                _save(state, resume)
+                saved_at = time.monotonic()
+    if state.best:
+        accelerator.unwrap_model(module).load_state_dict(state.best, strict=False)
+    module.eval()
+    return state.log
+
+
+def _step(state: _State, loss: Loss, method: Trained, steps: int, seed: int, accelerator: Any) -> None:
+    """Take one optimiser step, and log it."""
+    import torch
+
+    rate = _rate(state.step, steps, method)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
+    sums: dict[str, float] = {}
+    with _randomness(seed, state.step):
+        for micro in range(method.accumulate):
+            with accelerator.autocast():
+                terms = loss(state.module, state.source.batch(state.step * method.accumulate + micro))
+                total = torch.stack(list(terms.values())).sum()
+            accelerator.backward(total / method.accumulate)
+            for name, value in {**terms, "loss": total}.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) / method.accumulate
+    if not math.isfinite(sums["loss"]):
+        raise LfmError(f"the loss became {sums['loss']} at step {state.step + 1} of {steps}; lower the learning rate")
+    trained = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    norm = float(accelerator.clip_grad_norm_(trained, method.clip))
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step += 1
+    state.log.steps.append({"step": state.step, **sums, "learning_rate": rate, "gradient_norm": norm})
+
+
+def _stop(state: _State, validate: Callable[[], float], method: Trained) -> bool:
+    """Validate; keep the best weights; return whether patience is at its end."""
+    state.module.eval()
+    found = validate()
+    state.module.train()
+    state.log.validations.append({"step": state.step, "validation": found})
+    if method.patience is None:
+        return False
+    if found < state.best_loss:
+        state.best_loss, state.best_step = found, state.step
+        state.best = {name: tensor.detach().clone() for name, tensor in _tensors(state.module).items()}
+    return state.step - state.best_step >= method.patience * method.validate_every
+
+
+def _rate(step: int, steps: int, method: Trained) -> float:
+    """Return the share of the peak learning rate at a step (from 0)."""
+    rising = math.ceil(method.warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    if method.schedule == "constant":
+        return 1.0
+    done = (step - rising) / max(1, steps - rising)
+    return 1 - done if method.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+@contextmanager
+def _randomness(seed: int, step: int) -> Iterator[None]:
+    """Let dropout and its kind draw from (seed, step), so that there is no generator state to save."""
+    import torch
+
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+        yield
+
+
+# --- saved states ---------------------------------------------------------------------------------------------------
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    from lfm.models.local import unique_tensors
+
+    return unique_tensors(module)
+
+
+def _save(state: _State, resume: Path) -> None:
+    """Write the state beside the last one, then drop that: at every moment one of them is whole."""
+    from safetensors.torch import save_file
+
+    place = resume / f"step-{state.step:09d}"
+    draft = resume / "draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    tensors = {f"module.{name}": tensor.detach() for name, tensor in _tensors(state.module).items()}
+    tensors |= {f"best.{name}": tensor for name, tensor in state.best.items()}
+    for index, moments in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+    if hasattr(state.source, "state_dict"):
+        tensors |= {f"source.{name}": value for name, value in state.source.state_dict().items()}
+    save_file(
+        {name: tensor.contiguous().cpu().clone() for name, tensor in tensors.items()}, draft / "state.safetensors"
+    )
+    record = {
+        "step": state.step,
+        "best_loss": state.best_loss if math.isfinite(state.best_loss) else None,
+        "best_step": state.best_step,
+        "steps": state.log.steps,
+        "validations": state.log.validations,
+    }
+    (draft / "state.json").write_text(json.dumps(record))
+    draft.rename(place)
+    for old in resume.glob("step-*"):
+        if old != place:
+            shutil.rmtree(old)
+
+
+def _load(state: _State, resume: Path) -> None:
+    """Take up the last saved state, if there is one."""
+    places = sorted(resume.glob("step-*"))
+    if not places:
+        return
+    from safetensors.torch import load_file
+
+    record = json.loads((places[-1] / "state.json").read_text())
+    parts: dict[str, dict[str, torch.Tensor]] = {"module": {}, "best": {}, "optimizer": {}, "source": {}}
+    for key, tensor in load_file(places[-1] / "state.safetensors").items():
+        part, _, name = key.partition(".")
+        parts[part][name] = tensor
+    state.module.load_state_dict(parts["module"], strict=False)
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in parts["optimizer"].items():
+        index, _, name = key.partition(".")
+        moments.setdefault(int(index), {})[name] = tensor
+    state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
+    if hasattr(state.source, "load_state_dict"):
+        state.source.load_state_dict(parts["source"])
+    state.step, state.best, state.best_step = record["step"], parts["best"], record["best_step"]
+    state.best_loss = math.inf if record["best_loss"] is None else record["best_loss"]
+    state.log = Log(record["steps"], record["validations"])
