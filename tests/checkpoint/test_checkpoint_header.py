@@ -150,7 +150,8 @@ HOSTILE = {
     "minus zero": b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[-0,0]}}',
     "exponent": b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0e0,0]}}',
     "not a number": b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,0]}}',
-    "a name twice": b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}',
+    "a name twice": b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'
+    b'"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}',
     "a key twice": b'{"a":{"dtype":"F32","dtype":"F32","shape":[0],"data_offsets":[0,0]}}',
     "deep lists": b'{"a":' + b"[" * 200_000,
     "deep objects": b'{"a":' * 100_000,

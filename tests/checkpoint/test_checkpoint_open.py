@@ -472,10 +472,15 @@ def test_what_a_writer_knows_need_not_be_hashed_again(tmp_path):
 def test_no_descriptor_is_left_open(tmp_path):
     sharded(tmp_path)
     open_checkpoint(tmp_path).tensor("a")
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(50):
         opened = open_checkpoint(tmp_path)
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(opened.tensor, ["a", "b", "c", "a", "b", "c"]))
     del opened
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, lfm.checkpoint; sys.exit('torch' in sys.modules or 'safetensors' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

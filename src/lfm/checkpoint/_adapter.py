@@ -30,6 +30,7 @@ HONOURED = {
     *("modules_to_save", "ensure_weight_tying", "init_lora_weights", "megatron_config", "megatron_core"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
 }
+WITH_OUTPUT_LAYER = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
 # Starting values that leave the base as it is; the others (PiSSA, OLoRA, LoftQ, ...) train against a changed base.
 INNOCENT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -120,6 +121,8 @@ class _Reader:
             if name := self._base_name(f"{module}.weight"):
                 self._put(changes, name, self._low_rank(module, name, pair))
         for key in others:
+            if self._twin_of_table(key):
+                continue
             if name := self._base_name(key.removeprefix(PREFIX).replace(".base_layer.", ".")):
                 self._put(changes, name, self._replacement(key, name))
         return changes
@@ -153,13 +156,20 @@ class _Reader:
             )
         return Replace(values)
 
+    def _twin_of_table(self, key: str) -> bool:
+        """Whether this is the output layer that PEFT saves beside its token table when it keeps the two tied."""
+        if not self.config.get("ensure_weight_tying") or key.removeprefix(PREFIX) in self.base.specs:
+            return False
+        tables = [other for other in self.saved.specs if TOKEN_TABLE.fullmatch(other.removeprefix(PREFIX))]
+        specs = self.saved.specs
+        return any(
+            str(specs[key]) == str(specs[table]) and bool((self.saved.tensor(key) == self.saved.tensor(table)).all())
+            for table in tables
+        )
+
     def _tied(self, table: str) -> bool:
         """Whether a language model's token table stands for its output layer: no other tensor could be that."""
-        if self.config.get("ensure_weight_tying") or self.config.get("task_type") not in (
-            None,
-            "CAUSAL_LM",
-            "SEQ_2_SEQ_LM",
-        ):
+        if self.config.get("ensure_weight_tying") or self.config.get("task_type") not in WITH_OUTPUT_LAYER:
             return False
         shape = self.base.specs[table].shape
         return not any(spec.shape == shape for name, spec in self.base.specs.items() if name != table)

@@ -242,7 +242,7 @@ class Delta:
 
     @classmethod
     def between(cls, base: Weights, tuned: Weights) -> Delta:
-        """Return tuned - base as dense changes of the tensors that differ; those that are no numbers are replaced."""
+        """Return tuned - base as dense changes of the tensors that differ; what does not subtract is replaced."""
         problems = [
             f"tensor {name!r}: {base.specs.get(name, 'absent')} in the base, "
             f"{tuned.specs.get(name, 'absent')} in the tuned one"
@@ -257,8 +257,10 @@ class Delta:
             if not spec.floating:
                 if as_bytes(before.reshape(-1)) != as_bytes(after.reshape(-1)):
                     changes[name] = Replace(after)
-            elif (values := _wide(after) - _wide(before)).any():
-                changes[name] = Dense(values)
+                continue
+            values = (_wide(after) - _wide(before)).masked_fill_(before == after, 0)  # inf - inf is nothing, too
+            if values.any():
+                changes[name] = Dense(values) if bool(values.isfinite().all()) else Replace(after)
         return cls(changes, base.digest)
 
     def problems(self, weights: Weights) -> list[str]:

@@ -34,29 +34,16 @@ square matrices, and for a second MLP-like pair; `pool|project` for a last matri
 
 from __future__ import annotations
 
-import dis
-import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
-from types import CodeType, FunctionType
+from functools import cached_property
 
 from torch import nn
 
 from lfm.errors import RequestError, did_you_mean
-
-
-@dataclass(frozen=True)
-class Part:
-    """One weight matrix: the module that owns it, its name in the state dict, and its widths."""
-
-    name: str
-    weight: str
-    input_dim: int  # of a convolution: channels per group times kernel size
-    output_dim: int
-    transposed: bool  # stored (in, out), as GPT-2's Conv1D does
+from lfm.models._graph import CONTAINERS, Graph, Matrix, Part, ancestors, is_norm, join
 
 
 @dataclass(frozen=True)
@@ -104,7 +91,7 @@ class Anatomy:
 
     def block_of(self, tensor_name: str) -> int | None:
         """The index of the block that holds a tensor, or None."""
-        return next((self._index[path] for path in _ancestors(tensor_name) if path in self._index), None)
+        return next((self._index[path] for path in ancestors(tensor_name) if path in self._index), None)
 
     def depth(self, tensor_name: str) -> float:
         """How deep a tensor sits: 0.0 embeddings, (i + 1) / (n + 1) block i of n, 1.0 head.
@@ -115,7 +102,7 @@ class Anatomy:
         index = self.block_of(tensor_name)
         if index is not None:
             return self.blocks[index].depth
-        for path in _ancestors(tensor_name):
+        for path in ancestors(tensor_name):
             if path in self.outside:
                 return self.outside[path]
         raise RequestError(f"no module of this model holds {tensor_name!r}{did_you_mean(tensor_name, self.outside)}")
@@ -126,7 +113,7 @@ def anatomy(module: nn.Module) -> Anatomy:
 
     Look before adapters go in: their low-rank matrices read the width too and would be taken for ways in.
     """
-    graph = _Graph(module)
+    graph = Graph(module)
     blocks = _blocks(graph, _find_stacks(graph))
     outline = _Outline(graph, blocks)
     head, tied = _head(graph, outline)
@@ -140,207 +127,19 @@ def anatomy(module: nn.Module) -> Anatomy:
     )
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _ancestors(tensor_name: str) -> Iterator[str]:
-    """The module that holds a tensor and the modules around it, inside out; the model itself only if it holds it."""
-    path = tensor_name.rpartition(".")[0]
-    yield path
-    while "." in path:
-        path = path.rpartition(".")[0]
-        yield path
-
-
-# --- order ---------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _calls(code: CodeType) -> tuple[str, ...]:
-    """The attributes a function uses, in the order in which it calls them: `f(g(x))` gives g, f."""
-    called: dict[str, int] = {}
-    mentioned: dict[str, int] = {}
-    callee: dict[tuple[int, int], str] = {}
-    for i, instruction in enumerate(dis.get_instructions(code)):
-        where = instruction.positions
-        if where is None or where.lineno is None or where.col_offset is None:
-            continue  # made by the compiler, or compiled without positions
-        start = where.lineno, where.col_offset
-        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            mentioned.setdefault(instruction.argval, i)
-            callee.setdefault(start, instruction.argval)  # of `self.a.b(x)` it is `a` that runs
-        elif instruction.opname.startswith("CALL") and start in callee:
-            # A call spans its callee, so that both start at the same character; the innermost comes first.
-            called.setdefault(callee.pop(start), i)
-    order = mentioned | called
-    return tuple(sorted(order, key=order.__getitem__))
-
-
-def _uses(kind: type, function: str, seen: set[str]) -> Iterator[str]:
-    """The attributes that a method of a class uses, the methods it calls opened in place."""
-    seen.add(function)
-    method = inspect.unwrap(getattr(kind, function, None))  # type: ignore[arg-type]
-    if not isinstance(method, FunctionType):
-        return
-    for name in _calls(method.__code__):
-        yield name
-        if name not in seen and not hasattr(nn.Module, name) and hasattr(kind, name):
-            yield from _uses(kind, name, seen)
-
-
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-_OWN = ""  # stands for a module's own tensors among its children
-
-
-def _execution_order(module: nn.Module, uses: Mapping[str, int]) -> list[str]:
-    """A module's children, and `_OWN`, as its `forward` reaches them."""
-    own = min((uses[name] for name in (*module._parameters, *module._buffers) if name in uses), default=-1)
-    if not module._modules or isinstance(module, _CONTAINERS):
-        return [_OWN, *module._modules]
-    ranks, last = {_OWN: own}, -1
-    for name in module._modules:
-        last = ranks[name] = uses.get(name, last)
-    return sorted(ranks, key=ranks.__getitem__)
-
-
-# --- graph ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    part: Part
-    reads: int
-    writes: int
-    conv: bool = False
-    dense: bool = True  # a linear map of single positions; False for wider or grouped convolutions
-
-
-def _axes(module: nn.Module, weight: nn.Parameter) -> tuple[int, int, bool]:
-    """Input width, output width, and whether the weight is stored (in, out)."""
-    first, second = weight.shape
-    if isinstance(module, nn.Linear):
-        # Not the shape: quantised layers pack theirs.
-        return module.in_features, module.out_features, False
-    bias = getattr(module, "bias", None)
-    fits_second = isinstance(bias, nn.Parameter) and bias.shape == (second,) and first != second
-    return (first, second, True) if hasattr(module, "nf") or fits_second else (second, first, False)
-
-
-def _matrices(path: str, module: nn.Module) -> list[_Matrix]:
-    if isinstance(module, nn.modules.conv._ConvNd):
-        size = module.weight.numel() // module.out_channels
-        part = Part(path, _join(path, "weight"), size, module.out_channels, module.transposed)
-        dense = module.groups == 1 and set(module.kernel_size) == {1}
-        return [_Matrix(part, module.in_channels, module.out_channels, True, dense)]
-    found = []
-    for name, weight in module._parameters.items():
-        if weight is not None and "weight" in name and (weight.ndim == 2 or isinstance(module, nn.Linear)):
-            reads, writes, transposed = _axes(module, weight)
-            found.append(_Matrix(Part(path, _join(path, name), reads, writes, transposed), reads, writes))
-    return found
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.ndim == 1 and not module._modules and not isinstance(module, nn.PReLU)
-
-
-class _Graph:
-    """A model's modules in the order of execution; a subtree is one span of it."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.modules = dict(root.named_modules())
-        self.order: list[str] = []
-        self.span: dict[str, range] = {}
-        self.children: dict[str, list[str]] = {}
-        self._uses: dict[type, dict[str, int]] = {}
-        self._visit("", root)
-        self.position = {path: i for i, path in enumerate(self.order)}
-        self.owners = [path for path in self.order if self._has_tensors(path)]
-        tables = (nn.Embedding, nn.EmbeddingBag)
-        # In the order of registration, which gives tied tables the name that they are saved under.
-        self.embeddings = [path for path, module in self.modules.items() if isinstance(module, tables)]
-        self.norms = [path for path in self.owners if _is_norm(self.modules[path])]
-        no_matrix = set(self.embeddings)
-        self.matrices = {path: _matrices(path, self.modules[path]) for path in self.owners if path not in no_matrix}
-        self._counts = self._running(len(self.matrices.get(path, ())) for path in self.order)
-        norms = set(self.norms)
-        self._norm_counts = self._running(path in norms for path in self.order)
-
-    def _visit(self, path: str, module: nn.Module) -> None:
-        kind = type(module)
-        if kind not in self._uses:
-            self._uses[kind] = {name: i for i, name in reversed(list(enumerate(_uses(kind, "forward", set()))))}
-        start, inside = len(self.order), []
-        for name in _execution_order(module, self._uses[kind]):
-            child = _join(path, name)
-            if name == _OWN:
-                self.order.append(path)
-            elif child in self.modules:  # a module that has two places is kept at its first
-                inside.append(child)
-                self._visit(child, self.modules[child])
-        self.children[path] = inside
-        self.span[path] = range(start, len(self.order))
-
-    def _has_tensors(self, path: str) -> bool:
-        module = self.modules[path]
-        return any(tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values()))
-
-    def _running(self, counts: Iterable[int]) -> list[int]:
-        sums = [0]
-        for count in counts:
-            sums.append(sums[-1] + count)
-        return sums
-
-    def count(self, path: str) -> int:
-        """How many matrices a subtree holds."""
-        return self._counts[self.span[path].stop] - self._counts[self.span[path].start]
-
-    def has_norm(self, path: str) -> bool:
-        return self._norm_counts[self.span[path].stop] > self._norm_counts[self.span[path].start]
-
-    def own_parameters(self, path: str) -> list[tuple[str, nn.Parameter]]:
-        """A module's own parameters by name, in the order in which its `forward` uses them."""
-        module = self.modules[path]
-        uses = self._uses[type(module)]
-        own = [(name, parameter) for name, parameter in module._parameters.items() if parameter is not None]
-        return sorted(own, key=lambda item: uses.get(item[0], -1))
-
-    def below(self, path: str) -> list[str]:
-        """A module and all in it, in order."""
-        return self.order[self.span[path].start : self.span[path].stop]
-
-    def matrices_in(self, path: str) -> list[_Matrix]:
-        return [matrix for owner in self.below(path) for matrix in self.matrices.get(owner, ())]
-
-    def kind(self, path: str) -> object:
-        """What makes siblings repeat: their class; of plain sequences what they hold."""
-        module = self.modules[path]
-        if isinstance(module, _CONTAINERS):
-            return (type(module), tuple(name for name, _ in module.named_parameters()))
-        return type(module)
-
-    def members(self, path: str) -> list[str]:
-        """The children of a container that could be blocks."""
-        if not isinstance(self.modules[path], (nn.ModuleList, nn.Sequential)):
-            return []
-        return [child for child in self.children[path] if self.count(child) > 1]
-
-
 # --- blocks --------------------------------------------------------------------------------------------------------
 
 _Stack = tuple[str, list[str]]
 
 
-def _find_stacks(graph: _Graph) -> list[_Stack]:
+def _find_stacks(graph: Graph) -> list[_Stack]:
     sequences = [path for path, module in graph.modules.items() if isinstance(module, nn.Sequential)]
     repeated = Counter(graph.kind(child) for path in sequences for child in graph.members(path))
     kinds = {kind for kind, times in repeated.items() if times > 1}
     return list(_walk(graph, "", kinds, norms=True)) or list(_walk(graph, "", kinds, norms=False))
 
 
-def _walk(graph: _Graph, path: str, kinds: set[object], *, norms: bool) -> Iterator[_Stack]:
+def _walk(graph: Graph, path: str, kinds: set[object], *, norms: bool) -> Iterator[_Stack]:
     members = graph.members(path)
     if isinstance(graph.modules[path], nn.Sequential):
         members = [child for child in members if graph.kind(child) in kinds]
@@ -351,7 +150,7 @@ def _walk(graph: _Graph, path: str, kinds: set[object], *, norms: bool) -> Itera
         yield from _walk(graph, child, kinds, norms=norms)
 
 
-def _open_stage(graph: _Graph, path: str) -> list[str]:
+def _open_stage(graph: Graph, path: str) -> list[str]:
     """The blocks of a stage, or the module itself if it is a block."""
     for inner in graph.below(path):
         members = graph.members(inner)
@@ -364,7 +163,7 @@ def _open_stage(graph: _Graph, path: str) -> list[str]:
     return [path]
 
 
-def _blocks(graph: _Graph, stacks: Sequence[_Stack]) -> tuple[Block, ...]:
+def _blocks(graph: Graph, stacks: Sequence[_Stack]) -> tuple[Block, ...]:
     plain = [_block(graph, stack, name) for stack, names in stacks for name in names]
     depths: list[float] = []
     for chain in _chains(plain):
@@ -393,8 +192,8 @@ def _chains(blocks: Iterable[Block]) -> list[list[Block]]:
 @dataclass(frozen=True)
 class _Sublayer:
     attends: bool
-    ins: tuple[_Matrix, ...]
-    out: _Matrix
+    ins: tuple[Matrix, ...]
+    out: Matrix
 
     @property
     def inner(self) -> int:
@@ -402,7 +201,7 @@ class _Sublayer:
         return max(matrix.writes for matrix in self.ins)
 
 
-def _block(graph: _Graph, stack: str, name: str) -> Block:
+def _block(graph: Graph, stack: str, name: str) -> Block:
     listed = _listed_experts(graph, name)
     routed = tuple(m.part for m in graph.matrices_in(name) if m.part.name in listed)
     matrices = [m for m in graph.matrices_in(name) if m.part.name not in listed]
@@ -426,7 +225,7 @@ def _block(graph: _Graph, stack: str, name: str) -> Block:
         mlp_out=mlp.out.part if mlp else None,
         experts=experts,
         others=tuple(m.part for m in matrices if m.part.weight not in placed),
-        norms=tuple(path for path in graph.below(name) if _is_norm(graph.modules[path])),
+        norms=tuple(path for path in graph.below(name) if is_norm(graph.modules[path])),
     )
 
 
@@ -434,9 +233,9 @@ def _ins(layer: _Sublayer | None) -> tuple[Part, ...]:
     return tuple(matrix.part for matrix in layer.ins) if layer else ()
 
 
-def _width(graph: _Graph, block: str, matrices: Sequence[_Matrix]) -> int:
+def _width(graph: Graph, block: str, matrices: Sequence[Matrix]) -> int:
     """The width of the residual stream: what goes in and comes back."""
-    sizes = [graph.modules[path].weight.numel() for path in graph.below(block) if _is_norm(graph.modules[path])]
+    sizes = [graph.modules[path].weight.numel() for path in graph.below(block) if is_norm(graph.modules[path])]
     if not matrices:
         return sizes[0] if sizes else 0
     if all(m.conv for m in matrices):
@@ -446,7 +245,7 @@ def _width(graph: _Graph, block: str, matrices: Sequence[_Matrix]) -> int:
     return next((size for size in back if size in sizes), back[0] if back else matrices[-1].writes)
 
 
-def _listed_experts(graph: _Graph, block: str) -> set[str]:
+def _listed_experts(graph: Graph, block: str) -> set[str]:
     """The modules with matrices in lists of two or more alike children that hold no norm."""
     owners: set[str] = set()
     for path in graph.below(block):
@@ -458,7 +257,7 @@ def _listed_experts(graph: _Graph, block: str) -> set[str]:
     return owners
 
 
-def _fused_experts(graph: _Graph, block: str, width: int) -> list[Part]:
+def _fused_experts(graph: Graph, block: str, width: int) -> list[Part]:
     """Three-axis parameters, expert first; the last one used is the way out."""
     found = [
         (path, name, weight.shape)
@@ -473,12 +272,12 @@ def _fused_experts(graph: _Graph, block: str, width: int) -> list[Part]:
         # The way in reads the width and the way out writes it, whichever axis that is.
         transposed = first != width if leaves else second != width
         reads, writes = (first, second) if transposed else (second, first)
-        parts.append(Part(path, _join(path, name), reads, writes, transposed))
+        parts.append(Part(path, join(path, name), reads, writes, transposed))
     return parts
 
 
 def _sublayers(
-    graph: _Graph, block: str, matrices: Sequence[_Matrix], width: int, experts: set[str]
+    graph: Graph, block: str, matrices: Sequence[Matrix], width: int, experts: set[str]
 ) -> tuple[list[_Sublayer], list[_Sublayer]]:
     """The attentions in order, and the MLPs, the widest first."""
     if all(m.conv for m in matrices):
@@ -492,7 +291,7 @@ def _sublayers(
     return attentions, mlps
 
 
-def _runs(graph: _Graph, path: str, experts: set[str]) -> Iterator[list[_Matrix]]:
+def _runs(graph: Graph, path: str, experts: set[str]) -> Iterator[list[Matrix]]:
     """Matrices that work together: those of one submodule, or loose ones in a row."""
     loose = list(graph.matrices.get(path, ()))
     for child in graph.children[path]:
@@ -502,14 +301,14 @@ def _runs(graph: _Graph, path: str, experts: set[str]) -> Iterator[list[_Matrix]
             continue
         yield loose
         loose = []
-        if isinstance(graph.modules[child], _CONTAINERS) or not experts.isdisjoint(graph.below(child)):
+        if isinstance(graph.modules[child], CONTAINERS) or not experts.isdisjoint(graph.below(child)):
             yield from _runs(graph, child, experts)
         else:
             yield inside
     yield loose
 
 
-def _read(dense: Sequence[_Matrix], width: int, *, alone: bool) -> list[_Sublayer]:
+def _read(dense: Sequence[Matrix], width: int, *, alone: bool) -> list[_Sublayer]:
     """The sub-layers in matrices in order of execution; `alone` if no convolution works among them."""
     ends = [i for i, m in enumerate(dense) if m.writes == width]
     if not ends:
@@ -528,7 +327,7 @@ def _read(dense: Sequence[_Matrix], width: int, *, alone: bool) -> list[_Sublaye
     return [_Sublayer(attends, tuple(reading), out)] if attends is not None else _widest_pair(dense, width)
 
 
-def _attends(reading: list[_Matrix], pair: list[_Matrix], out: _Matrix, *, fused: bool) -> bool | None:
+def _attends(reading: list[Matrix], pair: list[Matrix], out: Matrix, *, fused: bool) -> bool | None:
     """Whether what reads the width and the way out are attention or MLP, or None if they are neither."""
     if len(reading) > 2:
         return True
@@ -543,9 +342,9 @@ def _attends(reading: list[_Matrix], pair: list[_Matrix], out: _Matrix, *, fused
     return ratio != 2 or _says_attention(out)
 
 
-def _matching(before: Sequence[_Matrix], width: int, inner: int) -> list[_Matrix]:
+def _matching(before: Sequence[Matrix], width: int, inner: int) -> list[Matrix]:
     """The matrices right before a way out that read the width and write exactly what it reads."""
-    found: list[_Matrix] = []
+    found: list[Matrix] = []
     for matrix in reversed(before):
         if (matrix.reads, matrix.writes) != (width, inner):
             break
@@ -553,7 +352,7 @@ def _matching(before: Sequence[_Matrix], width: int, inner: int) -> list[_Matrix
     return found
 
 
-def _widest_pair(dense: Sequence[_Matrix], width: int) -> list[_Sublayer]:
+def _widest_pair(dense: Sequence[Matrix], width: int) -> list[_Sublayer]:
     pairs = [
         _Sublayer(False, (first,), second)
         for i, first in enumerate(dense)
@@ -563,10 +362,10 @@ def _widest_pair(dense: Sequence[_Matrix], width: int) -> list[_Sublayer]:
     return [max(pairs, key=lambda layer: layer.inner)] if pairs else []
 
 
-def _longest_chain(matrices: Sequence[_Matrix], width: int) -> list[_Sublayer]:
+def _longest_chain(matrices: Sequence[Matrix], width: int) -> list[_Sublayer]:
     """The most convolutions in a row that each read what the one before wrote."""
-    best: list[_Matrix] = []
-    run: list[_Matrix] = []
+    best: list[Matrix] = []
+    run: list[Matrix] = []
     for matrix in matrices:
         run = [*run, matrix] if run and run[-1].writes == matrix.reads else [matrix]
         if matrix.writes == width and len(run) > len(best):
@@ -574,7 +373,7 @@ def _longest_chain(matrices: Sequence[_Matrix], width: int) -> list[_Sublayer]:
     return [_Sublayer(False, (best[0],), best[-1])] if len(best) > 1 else []
 
 
-def _says_attention(matrix: _Matrix) -> bool:
+def _says_attention(matrix: Matrix) -> bool:
     return re.search("attn|attention", matrix.part.name, re.IGNORECASE) is not None
 
 
@@ -584,7 +383,7 @@ def _says_attention(matrix: _Matrix) -> bool:
 class _Outline:
     """Where the modules outside the blocks are, as seen from the stacks nearest to them in the tree."""
 
-    def __init__(self, graph: _Graph, blocks: tuple[Block, ...]) -> None:
+    def __init__(self, graph: Graph, blocks: tuple[Block, ...]) -> None:
         self.graph = graph
         self.blocks = blocks
         self._names = {block.name for block in blocks}
@@ -600,7 +399,7 @@ class _Outline:
         return len(self._ends)
 
     def in_block(self, path: str) -> bool:
-        return any(ancestor in self._names for ancestor in _ancestors(f"{path}."))
+        return any(ancestor in self._names for ancestor in ancestors(f"{path}."))
 
     def nearest(self, path: str) -> list[Block]:
         """The blocks of the stacks that share most of a module's path."""
@@ -643,7 +442,7 @@ def _shared(path: Sequence[str], other: Sequence[str]) -> int:
     return next((i for i, (a, b) in enumerate(zip(path, other, strict=False)) if a != b), min(len(path), len(other)))
 
 
-def _embeddings(graph: _Graph, outline: _Outline) -> tuple[str, ...]:
+def _embeddings(graph: Graph, outline: _Outline) -> tuple[str, ...]:
     """Tables, tied ones once, and the convolutions before the blocks; if there is neither, the first matrix."""
     tables = {id(graph.modules[p]._parameters.get("weight")): p for p in reversed(graph.embeddings)}
     kept = [path for path in graph.embeddings if path in tables.values() and not outline.in_block(path)]
@@ -652,7 +451,7 @@ def _embeddings(graph: _Graph, outline: _Outline) -> tuple[str, ...]:
     return (*kept, *(matrix.part.name for matrix in stem))
 
 
-def _head(graph: _Graph, outline: _Outline) -> tuple[str | None, bool]:
+def _head(graph: Graph, outline: _Outline) -> tuple[str | None, bool]:
     """The output head, and whether its weight is an embedding's."""
     after = [m for m in outline.matrices if all(outline.runs_before(block, m.part.name) for block in outline.blocks)]
     tables = {id(weight) for path in graph.embeddings for _, weight in graph.own_parameters(path)}
@@ -664,7 +463,7 @@ def _head(graph: _Graph, outline: _Outline) -> tuple[str | None, bool]:
     return after[-1].part.name, False
 
 
-def _goes_back(graph: _Graph, outline: _Outline, last: _Matrix) -> bool:
+def _goes_back(graph: Graph, outline: _Outline, last: Matrix) -> bool:
     """Whether a last matrix only pools or projects: it writes a width that the model has inside."""
     widths = {block.width for block in outline.blocks}
     if outline.blocks:
@@ -673,6 +472,6 @@ def _goes_back(graph: _Graph, outline: _Outline, last: _Matrix) -> bool:
     return last.writes in widths and (says_so or outline.towers > 1)
 
 
-def _one_of_several(outline: _Outline, last: _Matrix) -> bool:
+def _one_of_several(outline: _Outline, last: Matrix) -> bool:
     """Whether towers that do not feed each other end in a matrix each, all into the same width."""
     return outline.towers > 1 and sum(m.writes == last.writes for m in outline.matrices) > 1
