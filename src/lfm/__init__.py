@@ -1,3 +1,43 @@
-"""Learn from models."""
+"""Learn from models: tune, merge and measure checkpoints. Checkpoint in, checkpoint out.
+
+    lfm.merge("ties", ["A", "B"], base="C", out="merged")     one step
+    lfm.run("recipe.yaml")                                    many
+    lfm.load("merged").complete(["Once upon a time"])         the result
+
+Importing this imports neither torch nor numpy.
+"""
 
 __version__ = "0.1.0"
+
+from lfm.api import advise, evaluate, load, merge, run, tune
+from lfm.checkpoint import Checkpoint, Delta, open_checkpoint
+from lfm.data import DataSpec
+from lfm.errors import AccessError, LfmError, RequestError, UnsafeError
+from lfm.method import Access, Data, Have, Needs, cards
+from lfm.models.ref import ModelRef
+from lfm.recipe.step import Settings
+
+__all__ = [
+    "Access",
+    "AccessError",
+    "Checkpoint",
+    "Data",
+    "DataSpec",
+    "Delta",
+    "Have",
+    "LfmError",
+    "ModelRef",
+    "Needs",
+    "RequestError",
+    "Settings",
+    "UnsafeError",
+    "__version__",
+    "advise",
+    "cards",
+    "evaluate",
+    "load",
+    "merge",
+    "open_checkpoint",
+    "run",
+    "tune",
+]

@@ -11,10 +11,13 @@ import ast
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache, cached_property
+from importlib.machinery import PathFinder
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -25,6 +28,7 @@ from lfm.errors import RequestError, did_you_mean, plural
 
 PARADIGMS = ("tune", "distill", "reuse", "meta", "edit")
 ENTRY_POINTS = "lfm.methods"
+LOG = logging.getLogger("lfm")
 
 
 class Access(IntEnum):
@@ -80,8 +84,10 @@ class Needs:
             (have.access >= self.access, f"needs {_name(self.access)} of the models, you have {_name(have.access)}"),
             (have.data >= self.data, f"needs {_name(self.data)} data, you have {_name(have.data)}"),
             (have.trains or not self.trains, "needs to train, and training is ruled out"),
-            (have.sources >= low, f"takes {_at_least(low, high)}, you have {have.sources}"),
-            (high is None or have.sources <= high, f"takes {_at_least(low, high)}, you have {have.sources}"),
+            (
+                low <= have.sources and (high is None or have.sources <= high),
+                f"takes {number_of_models(low, high)}, you have {have.sources}",
+            ),
             (have.base or not self.base, "needs the base, the model that the sources were tuned from"),
             (have.same_architecture or not self.same_architecture, "needs models of one architecture"),
             (have.same_tokenizer or not self.same_tokenizer, "needs models with one tokenizer"),
@@ -95,7 +101,8 @@ def _name(level: IntEnum) -> str:
     return level.name.lower()
 
 
-def _at_least(low: int, high: int | None) -> str:
+def number_of_models(low: int, high: int | None) -> str:
+    """Return `"2 or more models"`, `"1 model"`, `"2 to 4 models"`."""
     if high is None:
         return f"{low} or more models"
     return plural(low, "model") if low == high else f"{low} to {high} models"
@@ -184,14 +191,18 @@ def verbs() -> dict[str, Verb]:
 def cards() -> dict[tuple[str, str], Card]:
     """Return every method by (verb, name): those of the package, then those of installed plug-ins.
 
-    Raises RequestError when a plug-in cannot be read as a method, or takes a name that is in use.
+    A plug-in that cannot be read as a method, or takes a name that is in use, is left out with a warning.
     """
-    found: dict[tuple[str, str], Card] = {}
-    for module, path in (*_own_files(), *_plugin_files()):
-        card = read_card(module, path)
-        other = found.setdefault((card.verb.name, card.name), card)
-        if other is not card:
-            raise RequestError(f"two methods are called {card.verb.name} {card.name}: {other.module} and {module}")
+    found = {(card.verb.name, card.name): card for card in (read_card(*file) for file in _own_files())}
+    for point in sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+        try:
+            card = _plugin_card(point)
+            other = found.setdefault((card.verb.name, card.name), card)
+            if other is not card and other.module != card.module:
+                raise RequestError(f"{card.verb.name} {card.name} is the name of {other.module} already")
+        except Exception as error:  # whatever a stranger's package provokes must not take the rest away
+            why = str(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {error}"
+            LOG.warning("warning: the plug-in method %r (%s) is left out: %s", point.name, point.value, why)
     return found
 
 
@@ -221,14 +232,16 @@ def _own_files() -> Iterator[tuple[str, Path]]:
                 yield ".".join(("lfm", *path.relative_to(root).with_suffix("").parts)), path
 
 
-def _plugin_files() -> Iterator[tuple[str, Path]]:
-    for point in sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
-        spec = importlib.util.find_spec(point.module)
-        if spec is None or spec.origin is None:
-            raise RequestError(
-                f"the plug-in method {point.name!r} names the module {point.module!r}, which is not there"
-            )
-        yield point.module, Path(spec.origin)
+def _plugin_card(point: EntryPoint) -> Card:
+    """Read a plug-in's card. Its packages are not imported either, as `find_spec` would do for a dotted name."""
+    first, *rest = point.module.split(".")
+    spec = importlib.util.find_spec(first)
+    for part in rest:
+        folders = spec.submodule_search_locations if spec is not None else None
+        spec = PathFinder.find_spec(f"{spec.name}.{part}", list(folders)) if spec is not None and folders else None
+    if spec is None or spec.origin is None:
+        raise RequestError(f"there is no module {point.module!r}")
+    return read_card(point.module, Path(spec.origin))
 
 
 # --- reading a method file's header ---------------------------------------------------------------------------------
@@ -306,7 +319,9 @@ _NODES = (
 def _literal(node: ast.expr, module: str) -> Any:
     """Evaluate a header expression made of literals, `Needs`, `Field` and plain types, and nothing else."""
     for part in ast.walk(node):
-        if not isinstance(part, _NODES) or (isinstance(part, ast.Name) and part.id not in _NAMES):
+        strange = isinstance(part, ast.Name) and part.id not in _NAMES
+        private = isinstance(part, ast.Attribute) and part.attr.startswith("_")
+        if not isinstance(part, _NODES) or strange or private:
             raise RequestError(
                 f"{module}: line {node.lineno}: `{ast.unparse(node)}` must be literal, to be read unimported"
             )
@@ -339,6 +354,3 @@ def level(kind: type[Access] | type[Data], word: str) -> Access | Data:
 def choices(annotation: Any) -> tuple[Any, ...]:
     """Return the values of a `Literal` annotation, or an empty tuple."""
     return get_args(annotation) if getattr(annotation, "__origin__", None) is Literal else ()
-
-
-NEEDS_FIELDS = tuple(field.name for field in fields(Needs))

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 
-from lfm.errors import LfmError
+from lfm.errors import LfmError, RequestError
 from lfm.method import Method
 from lfm.progress import Progress
 
@@ -37,7 +37,7 @@ class Trained(Method):
     epochs: float = Field(3.0, gt=0, description="Passes over the data.")
     steps: int | None = Field(None, ge=1, description="Optimiser steps, in place of epochs.")
     batch_size: int = Field(16, ge=1, description="Examples (windows, for text) in a batch.")
-    accumulate: int = Field(1, ge=1, description="Batches whose gradients are summed into one step.")
+    accumulate: int = Field(1, ge=1, description="Batches whose gradients are averaged into one step.")
     learning_rate: float = Field(1e-4, ge=0, description="Peak learning rate of AdamW.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the learning rate falls.")
     warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps over which the learning rate rises.")
@@ -56,6 +56,7 @@ class Source(Protocol):
     def batch(self, number: int) -> Batch: ...
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """A source that learns as it goes, such as a generator, and is saved with the run."""
 
@@ -108,41 +109,73 @@ def fit(
 ) -> Log:
     """Train `module` in place for `steps` steps and return the log.
 
-    `groups` are AdamW parameter groups, each with its `lr`; what is in none of them stays as it is. `loss` returns
-    named terms, whose sum is minimised. State is saved into `resume` every `save_seconds`, and taken up from there.
-    Raises LfmError when the loss is no longer a number.
+    `groups` are AdamW parameter groups, each with its `lr`; what is in none of them stays as it is, the statistics of
+    batch norms included. `loss` returns named terms, whose sum is minimised. State is saved into `resume` every
+    `save_seconds`, and taken up from there. Raises RequestError where there is nothing to train, and LfmError when the
+    loss is no longer a number.
     """
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    groups = [{**group, "params": list(group["params"]), "peak": group["lr"]} for group in groups]
+    trained = [parameter for group in groups for parameter in group["params"]]
+    if not trained:
+        raise RequestError("nothing is left to train: all weights are frozen")
     AcceleratorState._reset_state(reset_partial_state=True)  # one process may train in several precisions, one by one
     accelerator = Accelerator(
         cpu=device == "cpu",
+        device_placement=False,  # the module is where it should be
         mixed_precision="bf16" if method.precision == "bfloat16" else "no",
         step_scheduler_with_optimizer=False,
     )
-    optimizer = torch.optim.AdamW([{**group, "peak": group["lr"]} for group in groups], foreach=False)
-    module.train()
-    module, optimizer = accelerator.prepare(module, optimizer)
-    state = _State(module, optimizer, source)
-    _load(state, resume)
-    saved_at = time.monotonic()
-    with Progress("train", steps, quiet) as progress:
-        progress.advance(state.step)
-        while state.step < steps:
-            _step(state, loss, method, steps, seed, accelerator)
-            progress.advance(1, f"loss {state.log.steps[-1]['loss']:.4g}")
-            due = state.step % method.validate_every == 0 or state.step == steps
-            if validate is not None and due and _stop(state, validate, method):
-                break
-            if time.monotonic() - saved_at > save_seconds:
-                _save(state, resume)
-                saved_at = time.monotonic()
+    optimizer = torch.optim.AdamW(groups, foreach=False)
+    with _fixed(module, trained):
+        state = _State(*accelerator.prepare(module, optimizer), source)
+        _train_mode(state.module)
+        _load(state, resume)
+        saved_at = time.monotonic()
+        with Progress("train", steps, quiet) as progress:
+            progress.advance(state.step)
+            while state.step < steps:
+                _step(state, loss, method, steps, seed, accelerator)
+                progress.advance(1, f"loss {state.log.steps[-1]['loss']:.4g}")
+                due = state.step % method.validate_every == 0 or state.step == steps
+                if validate is not None and due and _stop(state, validate, method):
+                    break
+                if time.monotonic() - saved_at >= save_seconds:
+                    _save(state, resume)
+                    saved_at = time.monotonic()
+        module = accelerator.unwrap_model(state.module, keep_fp32_wrapper=False)
     if state.best:
-        accelerator.unwrap_model(module).load_state_dict(state.best, strict=False)
+        module.load_state_dict(state.best, strict=False)
     module.eval()
     return state.log
+
+
+@contextmanager
+def _fixed(module: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let no gradient be computed for what is not trained."""
+    own = {id(parameter) for parameter in trained}
+    others = [parameter for parameter in module.parameters() if parameter.requires_grad and id(parameter) not in own]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def _train_mode(module: nn.Module) -> None:
+    """Switch on dropout and its kind, and the statistics of batch norms that are trained."""
+    from torch.nn.modules.batchnorm import _NormBase
+
+    module.train()
+    for part in module.modules():
+        own = list(part.parameters(recurse=False))
+        if isinstance(part, _NormBase) and own and not any(parameter.requires_grad for parameter in own):
+            part.eval()
 
 
 def _step(state: _State, loss: Loss, method: Trained, steps: int, seed: int, accelerator: Any) -> None:
@@ -175,7 +208,7 @@ def _stop(state: _State, validate: Callable[[], float], method: Trained) -> bool
     """Validate; keep the best weights; return whether patience is at its end."""
     state.module.eval()
     found = validate()
-    state.module.train()
+    _train_mode(state.module)
     state.log.validations.append({"step": state.step, "validation": found})
     if method.patience is None:
         return False
@@ -222,13 +255,14 @@ def _save(state: _State, resume: Path) -> None:
 
     place = resume / f"step-{state.step:09d}"
     draft = resume / "draft"
-    shutil.rmtree(draft, ignore_errors=True)
+    for left_over in (draft, place):
+        shutil.rmtree(left_over, ignore_errors=True)
     draft.mkdir(parents=True)
     tensors = {f"module.{name}": tensor.detach() for name, tensor in _tensors(state.module).items()}
     tensors |= {f"best.{name}": tensor for name, tensor in state.best.items()}
     for index, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-    if hasattr(state.source, "state_dict"):
+    if isinstance(state.source, Stateful):
         tensors |= {f"source.{name}": value for name, value in state.source.state_dict().items()}
     save_file(
         {name: tensor.contiguous().cpu().clone() for name, tensor in tensors.items()}, draft / "state.safetensors"
@@ -239,8 +273,9 @@ def _save(state: _State, resume: Path) -> None:
         "best_step": state.best_step,
         "steps": state.log.steps,
         "validations": state.log.validations,
+        "tensors": sorted(tensors),
     }
-    (draft / "state.json").write_text(json.dumps(record))
+    (draft / "state.json").write_text(json.dumps(record), encoding="utf-8")
     draft.rename(place)
     for old in resume.glob("step-*"):
         if old != place:
@@ -248,24 +283,39 @@ def _save(state: _State, resume: Path) -> None:
 
 
 def _load(state: _State, resume: Path) -> None:
-    """Take up the last saved state, if there is one."""
-    places = sorted(resume.glob("step-*"))
-    if not places:
-        return
+    """Take up the last state that was saved whole, if there is one."""
+    for place in sorted(resume.glob("step-*"), reverse=True):
+        found = _read(place)
+        if found is not None:
+            _take_up(state, *found)
+            return
+
+
+def _read(place: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+    """Return a saved record and its tensors, or None where a file is damaged or missing."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    record = json.loads((places[-1] / "state.json").read_text())
+    try:
+        record = json.loads((place / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(place / "state.safetensors")
+    except (OSError, ValueError, SafetensorError):
+        return None
+    return (record, tensors) if record["tensors"] == sorted(tensors) else None
+
+
+def _take_up(state: _State, record: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     parts: dict[str, dict[str, torch.Tensor]] = {"module": {}, "best": {}, "optimizer": {}, "source": {}}
-    for key, tensor in load_file(places[-1] / "state.safetensors").items():
+    for key, tensor in tensors.items():
         part, _, name = key.partition(".")
         parts[part][name] = tensor
-    state.module.load_state_dict(parts["module"], strict=False)
+    state.module.load_state_dict(parts["module"], strict=False)  # tied tensors are there once
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in parts["optimizer"].items():
         index, _, name = key.partition(".")
         moments.setdefault(int(index), {})[name] = tensor
     state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
-    if hasattr(state.source, "load_state_dict"):
+    if isinstance(state.source, Stateful):
         state.source.load_state_dict(parts["source"])
     state.step, state.best, state.best_step = record["step"], parts["best"], record["best_step"]
     state.best_loss = math.inf if record["best_loss"] is None else record["best_loss"]

@@ -15,11 +15,10 @@ from lfm.errors import LfmError, RequestError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; bugs, and only they, end in a traceback."""
     try:
-        root.main(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="lfm", standalone_mode=False)
-    except click.exceptions.Exit as end:
-        return end.exit_code
+        # A command that ends by `ctx.exit(code)` gives its code; the others give nothing.
+        code = root.main(list(sys.argv[1:] if arguments is None else arguments), prog_name="lfm", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        click.echo(_usage(error), err=True)
         return error.exit_code
     except LfmError as error:
         click.echo(_message(error), err=True)
@@ -31,7 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the answer has had enough. Python would complain when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    return int(code or 0)
+
+
+def _usage(error: click.ClickException) -> str:
+    """Return a complaint about the command line in the form of all others."""
+    text = error.format_message()
+    text = text[:1].lower() + text[1:].rstrip(".")
+    context = getattr(error, "ctx", None)
+    return f"error: {text}" + (f"\ntry `{context.command_path} --help`" if context is not None else "")
 
 
 def _message(error: LfmError) -> str:

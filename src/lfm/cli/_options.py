@@ -157,7 +157,8 @@ def given_values(values: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, tuple):
-            found[name] = [inline(item) for item in value]
+            if value:
+                found[name] = [inline(item) for item in value]
         elif isinstance(value, str):
             found[name] = inline(value)
         elif value is not None:

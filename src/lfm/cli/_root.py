@@ -134,7 +134,7 @@ def _tell_method(item: Card, json_: bool) -> None:
     if json_:
         _print.as_json(_card_json(item))
         return
-    click.echo(f"{item.verb.name} {item.name}\n\n{item.doc}\n")
+    click.echo(f"{item.verb.name} {item.name}\n\n{_print.wrapped(item.doc)}\n")
     if item.paper:
         click.echo(f"Paper: {item.paper}")
     click.echo(f"Needs: {', '.join(_needs_in_words(item))}\n")

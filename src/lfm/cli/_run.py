@@ -54,12 +54,14 @@ def run_and_tell(
 
 
 def _tell_table(table: Any) -> None:
-    heads = [f"{column.metric} {column.task} ({column.unit})" for column in table.columns]
+    heads = [column.task if column.unit != "lm-eval" else f"{column.task} {column.metric}" for column in table.columns]
     rows = []
     for name in table.rows:
         cells = [table.cells.get((name, j)) for j in range(len(table.columns))]
         rows.append([name, *("-" if cell is None else _print.number(cell.value) for cell in cells)])
-    _print.table([table.title, *heads], rows, numbers=range(1, len(heads) + 1))
+    unit = table.columns[0].unit if table.columns[0].unit in ("%", "nats") else ""
+    title = f"{table.title} ({unit})" if unit else table.title
+    _print.table([title, *heads], rows, numbers=range(1, len(heads) + 1))
 
 
 def _tell_plan(made: RunPlan, json_: bool) -> None:

@@ -74,11 +74,14 @@ def _run(card: Card, values: dict[str, Any]) -> None:
     out, overwrite, dry_run, json_, seed, print_recipe = (
         values.pop(name) for name in ("out", "overwrite", "dry_run", "json_", "seed", "print_recipe")
     )
-    if out is None and not print_recipe:
-        raise RequestError("where to? pass -o FOLDER")
-    recipe = one_step(
-        card.verb.name, card.name, options.given_values(values), out=out or "out", seed=seed, evaluate=measures
-    )
+    problems = ["where to? pass -o FOLDER"] if out is None and not print_recipe else []
+    try:
+        given = options.given_values(values)
+        recipe = one_step(card.verb.name, card.name, given, out=out or "out", seed=seed, evaluate=measures)
+    except RequestError as error:
+        raise RequestError(*error.problems, *problems) from None
+    if problems:
+        raise RequestError(*problems)
     if print_recipe:
         click.echo(recipe.text, nl=False)
         return

@@ -26,15 +26,15 @@ Importing this package imports pydantic only: recipes and commands name data lon
 
 from typing import TYPE_CHECKING, Any
 
-from lfm.data._spec import DataSpec, Format
+from lfm.data._spec import DataSpec, Format, Part
 
 if TYPE_CHECKING:
     from lfm.data._read import read
-    from lfm.data._rows import Column, Kind, Part, Rows
+    from lfm.data._rows import Column, Kind, Rows
 
 __all__ = ["Column", "DataSpec", "Format", "Kind", "Part", "Rows", "read"]
 
-_READING = {"read": "lfm.data._read", **dict.fromkeys(("Column", "Kind", "Part", "Rows"), "lfm.data._rows")}
+_READING = {"read": "lfm.data._read", **dict.fromkeys(("Column", "Kind", "Rows"), "lfm.data._rows")}
 
 
 def __getattr__(name: str) -> Any:

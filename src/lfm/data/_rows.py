@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm.data._check import listed
+from lfm.data._spec import Part
 from lfm.errors import RequestError, did_you_mean, plural
 
 Column = Sequence[Any] | NDArray[Any]
 Kind = Literal["text", "instruction", "text-label", "image-label", "image", "other"]
-Part = Literal["all", "train", "held_out"]
 
 # The first kind whose columns are all there.
 KINDS: dict[Kind, frozenset[str]] = {

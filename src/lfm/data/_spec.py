@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
-from lfm.data._rows import Part
-
+Part = Literal["all", "train", "held_out"]
 Format = Literal["auto", "jsonl", "json", "csv", "tsv", "text", "label-text", "npz", "images", "datasets", "builtin"]
 
 

@@ -12,9 +12,9 @@ CHUNK = 1 << 20
 
 
 def group_of(name: str) -> str:
-    """Return the part of the model that a tensor lies in: everything up to its first number, or its first two words."""
-    match = re.match(r".*?(?:^|\.)[A-Za-z_]*\d+(?=\.|$)(?:\.\d+(?=\.))?", name)
-    return match.group() if match else ".".join(name.split(".")[:2])
+    """Return the part of the model that a tensor lies in: up to its first number, or its outer two modules."""
+    match = re.match(r".*?(?:^|\.)[A-Za-z_]*\d+(?=\.)(?:\.\d+(?=\.))?", name)
+    return match.group() if match else ".".join(name.split(".")[:-1][:2]) or name
 
 
 def relative_change(base: Weights, other: Weights) -> dict[str, float]:

@@ -5,16 +5,18 @@ Each measure takes a handle and needs no more of it than its interface gives: pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from lfm.data import Rows
 from lfm.errors import RequestError
+from lfm.evaluate.harness import estimates, keep, run_harness
 from lfm.evaluate.intervals import calibration_error, exponential, mean, percent, ratio, share
-from lfm.evaluate.spec import Evaluate
+from lfm.evaluate.spec import Evaluate, Harness
 from lfm.method import Access
 from lfm.models.encode import IGNORE, Batch, Examples, targets
 from lfm.models.handle import Model
@@ -73,7 +75,25 @@ def measure(models: Mapping[str, ModelRef], spec: Evaluate, context: Context) ->
                 except RequestError as error:
                     measured.notes.append(f"{name} on {data}: {error}")
                 progress.advance(1, f"{name} {data}")
+    if spec.harness is not None:
+        _harness(models, names, spec.harness, context, measured)
     return measured
+
+
+def _harness(
+    models: Mapping[str, ModelRef], names: Sequence[str], spec: Harness, context: Context, measured: Measured
+) -> None:
+    """Run lm-eval's tasks on every model, and keep its answer beside those that lfm made."""
+    for name in names:
+        ref = context.resolve(models[name])
+        if ref.ref is None or "+" in ref.ref or ref.module:
+            measured.notes.append(f"{name}: lm-eval takes checkpoint folders and hub names")
+            continue
+        answer = run_harness(ref.ref, spec, context.settings.device)
+        if (Path(ref.ref) / "lineage.json").is_file():
+            keep(answer, Path(ref.ref))
+        for task, metric, higher, estimate in estimates(answer):
+            measured.add(name, metric, task, "higher" if higher else "lower", "lm-eval", estimate)
 
 
 def _load(ref: ModelRef, context: Context) -> Model:

@@ -266,6 +266,8 @@ def _tokenizer(ref: ModelRef, folder: Path | None, task: Task) -> Any:
         return None
     from transformers import AutoTokenizer
 
+    if ref.tokenizer == "bytes":
+        return byte_tokenizer()
     source = ref.tokenizer or folder
     if source is None or (
         isinstance(source, Path) and not any(source.glob("*token*")) and not any(source.glob("vocab*"))
@@ -276,6 +278,19 @@ def _tokenizer(ref: ModelRef, folder: Path | None, task: Task) -> Any:
             return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RequestError(f"{ref.label}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def byte_tokenizer() -> Any:
+    """Return a tokenizer of the 256 bytes of UTF-8, and one token that ends a text: nothing to train or load."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|end|>"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate([*alphabet, end])}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=end, pad_token=end)
 
 
 # --- plain modules --------------------------------------------------------------------------------------------------

@@ -33,7 +33,10 @@ class ModelRef(BaseModel):
     config: str | dict[str, Any] | None = Field(
         None, description="Make a new model from this transformers config (a file, or its content)."
     )
-    tokenizer: str | None = Field(None, description="Folder or hub name of the tokenizer, where the model brings none.")
+    tokenizer: str | None = Field(
+        None,
+        description="Folder or hub name of the tokenizer, where the model brings none; `bytes` for plain UTF-8 bytes.",
+    )
     module: str | None = Field(
         None, description="Code that builds a plain torch module: `path/file.py:function` or `package.module:function`."
     )

@@ -11,6 +11,7 @@ import yaml
 
 from lfm.errors import RequestError
 
+PLAIN = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 MAX_NODES = 100_000  # aliases can make a small file enormous
 Place = tuple[str | int, ...]
 
@@ -76,6 +77,8 @@ class _Reader:
             raise RequestError(f"{self._located.name}: more than {MAX_NODES:,} values, counting every use of an alias")
         line = node.start_mark.line + 1
         self._located.lines.setdefault(place, line)
+        if isinstance(node, yaml.CollectionNode) and node.tag not in PLAIN:
+            raise RequestError(f"{self._located.name}:{line}: not valid YAML here: the tag {node.tag!r}")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, place)
         if isinstance(node, yaml.SequenceNode):

@@ -13,6 +13,7 @@ from lfm import __version__
 from lfm.checkpoint import OutputFolder, check_free, open_checkpoint, remember_output
 from lfm.data import DataSpec
 from lfm.errors import RequestError
+from lfm.evaluate.harness import require
 from lfm.recipe.catalogue import Catalogue
 from lfm.recipe.lineage import environment, model_card, parent, read_lineage
 from lfm.recipe.schema import Recipe, Step, dump, in_order
@@ -65,6 +66,11 @@ def _data_problems(recipe: Recipe, catalogue: Catalogue) -> list[str]:
             catalogue.rows(spec)
         except RequestError as error:
             problems += [f"evaluate {label}: {problem}" for problem in error.problems]
+    if recipe.evaluate is not None and recipe.evaluate.harness is not None:
+        try:
+            require()
+        except RequestError as error:
+            problems += [f"evaluate harness: {problem}" for problem in error.problems]
     return problems
 
 

@@ -64,7 +64,7 @@ def model_card(
 ) -> str:
     """Return README.md: metadata that the hub reads, then what was done, in words, numbers and a recipe."""
     metadata = {
-        "base_model": list(dict.fromkeys(checkpoint.ref for checkpoint in parents)) or None,
+        "base_model": list(dict.fromkeys(public_name(checkpoint.ref) for checkpoint in parents)) or None,
         "base_model_relation": RELATION.get(card.verb.paradigm, "finetune") if parents else None,
         "library_name": "transformers" if any(checkpoint.config for checkpoint in parents) else None,
         "pipeline_tag": _pipeline(parents),
@@ -78,7 +78,10 @@ def model_card(
     sections = [
         f"---\n{header}---\n\n# {name}\n\n{card.summary}",
         f"Made with `lfm {card.verb.name} {card.name}`" + (f" ([paper]({card.paper}))." if card.paper else "."),
-        _table(("role", "model", "digest"), [(p["role"], p["name"], p["digest"][:16]) for p in lineage["parents"]]),
+        _table(
+            ("role", "model", "digest"),
+            [(p["role"], public_name(p["name"]), p["digest"][:16]) for p in lineage["parents"]],
+        ),
         f"```yaml\n{body}```",
         *(f"- {note}" for note in lineage["notes"]),
         _table(("measure", "value"), [(key, f"{value:.4g}") for key, value in lineage["metrics"].items()]),
@@ -86,6 +89,11 @@ def model_card(
         f"Weights: sha256 `{lineage['output']['digest']}`. Everything else is in `lineage.json`.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def public_name(ref: str) -> str:
+    """Return a model's name as others may see it: hub names as they are, of local paths the last part."""
+    return "+".join(Path(part).name if Path(part).exists() else part for part in ref.split("+"))
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

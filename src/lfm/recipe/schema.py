@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -141,7 +141,7 @@ def check_step(
         return None
     verb, method = verbs()[named[0]], raw[named[0]]
     known_methods = methods_of(verb.name)
-    if method not in known_methods:
+    if not isinstance(method, str) or method not in known_methods:
         problems.append(
             f"{located.where((*place, verb.name))}: unknown method {method!r}"
             f"{did_you_mean(str(method), known_methods)} (`lfm methods` lists them)"
@@ -190,12 +190,29 @@ def _place(loc: tuple[str | int, ...], value: Any) -> tuple[str | int, ...]:
 def _message(item: Any, model: type[BaseModel]) -> str:
     kind, got = item["type"], item["input"]
     if kind == "extra_forbidden":
-        known = model.model_fields if len(item["loc"]) == 1 else ()
-        return f"unknown key{did_you_mean(str(item['loc'][-1]), known)}"
+        return f"unknown key{did_you_mean(str(item['loc'][-1]), _keys_at(model, item['loc'][:-1]))}"
     if kind == "missing":
         return "is missing"
     text = str(item["msg"]).removeprefix("Value error, ")
     return text if isinstance(got, (dict, list)) or kind == "value_error" else f"{text} (got {got!r})"
+
+
+def _keys_at(model: Any, loc: tuple[str | int, ...]) -> list[str]:
+    """Return the keys that the mapping at `loc` of a model may have."""
+    for part in loc:
+        kinds = model if isinstance(model, tuple) else (model,)
+        fields = [kind.model_fields for kind in kinds if hasattr(kind, "model_fields")]
+        found = [_models_in(known[str(part)].annotation) for known in fields if part in known]
+        model = tuple(kind for kinds in found for kind in kinds) if found else model
+    kinds = model if isinstance(model, tuple) else (model,)
+    return sorted({key for kind in kinds for key in getattr(kind, "model_fields", ())})
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    """Return the models that an annotation names, inside lists, mappings and alternatives too."""
+    if hasattr(annotation, "model_fields"):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
 def _name_problems(frame: _Frame, steps: Mapping[str, Step]) -> Iterator[tuple[tuple[str | int, ...], str]]:

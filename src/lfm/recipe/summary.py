@@ -9,19 +9,23 @@ from typing import Any
 
 from lfm import __version__
 from lfm.evaluate.change import relative_change
-from lfm.evaluate.measure import Measured, measure
+from lfm.evaluate.measure import Measured, Measurement, measure
 from lfm.models.ref import ModelRef
 from lfm.recipe.catalogue import Catalogue, short_name
 from lfm.recipe.execute import StepRun
 from lfm.recipe.lineage import environment
 from lfm.recipe.schema import Recipe, Step
-from lfm.report import Column, Curve, HeatMap, Node, Note, Run, Table, TrainingLog, write
+from lfm.report import Column, Curve, Estimate, HeatMap, Node, Note, Run, Table, TrainingLog, write
 
-GROUPS = {
-    "accuracy": "Classification",
-    "NLL": "Classification",
-    "ECE": "Classification",
-    "perplexity": "Language modelling",
+# Which table a measure goes into, in the order of the tables.
+TITLES = {
+    ("accuracy", "%"): "Accuracy",
+    ("perplexity", "per token"): "Perplexity per token",
+    ("perplexity", "per character"): "Perplexity per character",
+    ("NLL", "nats"): "Negative log-likelihood",
+    ("ECE", "%"): "Calibration error",
+    ("KL from baseline", "nats"): "Divergence from the baseline",
+    ("agreement", "%"): "Agreement with the baseline",
 }
 
 
@@ -58,18 +62,34 @@ def summarise(recipe: Recipe, runs: list[StepRun], catalogue: Catalogue, measure
 
 
 def tables(measured: Measured) -> Iterator[Table]:
-    """Yield a table for each kind of measure."""
-    for title in ("Classification", "Language modelling", "Drift"):
-        chosen = [item for item in measured.measurements if GROUPS.get(item.metric, "Drift") == title]
+    """Yield a table for each kind of measure: models by data sets, and the mean over these where they are several."""
+    for title in (*TITLES.values(), "Evaluation harness"):
+        chosen = [item for item in measured.measurements if _title(item) == title]
         rows = tuple(dict.fromkeys(model for item in chosen for model in item.estimates))
-        if chosen:
-            yield Table(
-                title=title,
-                rows=rows,
-                columns=tuple(Column(item.metric, item.data, item.better, item.unit) for item in chosen),
-                cells={(row, j): item.estimates.get(row) for j, item in enumerate(chosen) for row in rows},
-                baseline=measured.baseline if measured.baseline in rows else None,
-            )
+        if not chosen:
+            continue
+        columns = [Column(item.metric, item.data, item.better, item.unit) for item in chosen]
+        cells = {(row, j): item.estimates.get(row) for j, item in enumerate(chosen) for row in rows}
+        if len(chosen) > 1 and title != "Evaluation harness":
+            columns.append(Column(chosen[0].metric, "mean", chosen[0].better, chosen[0].unit))
+            cells |= {(row, len(chosen)): _mean([cells[row, j] for j in range(len(chosen))]) for row in rows}
+        yield Table(
+            title=title,
+            rows=rows,
+            columns=tuple(columns),
+            cells=cells,
+            baseline=measured.baseline if measured.baseline in rows else None,
+        )
+
+
+def _title(item: Measurement) -> str:
+    return TITLES.get((item.metric, item.unit), "Evaluation harness")
+
+
+def _mean(cells: list[Estimate | None]) -> Estimate | None:
+    """Return the mean of several estimates, without an interval: its parts need not be independent."""
+    values = [cell.value for cell in cells if cell is not None]
+    return Estimate(sum(values) / len(values)) if len(values) == len(cells) else None
 
 
 def table_rows(table: Table) -> dict[str, Any]:

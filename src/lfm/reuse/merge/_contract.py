@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -31,7 +31,10 @@ class Inputs(method.Inputs):
 
 @dataclass
 class Chunk:
-    """A part of one tensor, in every model: flat float32 arrays of equal length, free to be overwritten."""
+    """A part of one tensor, in every model: flat arrays of equal length, all finite, free to be overwritten.
+
+    They are float32, or float64 where a model stores the tensor so.
+    """
 
     tensor: str
     sources: list[torch.Tensor]
@@ -51,6 +54,10 @@ class Chunk:
         for source in self.sources:
             yield source.sub_(self.the_base)
 
+    def moved(self, change: torch.Tensor) -> torch.Tensor:
+        """Return base + change: the base's own bits where the change is 0. Takes the place of both: ask once."""
+        return self.the_base.sub_(change.neg_().add_(0.0))  # -0.0 + 0.0 is 0.0, but -0.0 - 0.0 is -0.0
+
 
 Scan = Callable[[Callable[[Chunk], "np.ndarray[Any, Any]"]], "np.ndarray[Any, Any]"]
 
@@ -69,6 +76,10 @@ class Merge(method.Method):
     weighted: ClassVar[bool] = True  # whether a weight per model means something
     random: ClassVar[bool] = False  # whether `Chunk.random_bits` is used
 
+    def objections(self, weights: Sequence[float]) -> list[str]:
+        """Return what speaks against these weights, one for each model."""
+        return []
+
     @property
     def measures(self) -> Scope:
         """What `measure` has to see before the first element can be merged."""
@@ -80,4 +91,4 @@ class Merge(method.Method):
 
     @abstractmethod
     def merge(self, chunk: Chunk, measured: Any) -> torch.Tensor:
-        """Return the merged elements of a chunk, float32."""
+        """Return the merged elements of a chunk, in the arithmetic of the chunk."""

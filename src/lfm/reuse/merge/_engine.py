@@ -6,27 +6,29 @@ Memory is bounded by the chunk, not by the model; the bytes written do not depen
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from lfm.checkpoint import Checkpoint, OutputFolder, Spec, TensorWriter, torch_dtype
-from lfm.errors import LfmError, plural
+from lfm.checkpoint._header import ITEM_BITS
+from lfm.errors import LfmError, RequestError, plural
+from lfm.method import number_of_models
 from lfm.progress import Progress
 from lfm.recipe.step import Context, Outline, StepPlan, StepResult
 from lfm.reuse.merge._contract import Chunk, Inputs, Merge
 
-CHUNK = (
-    1 << 18
-)  # elements; a chunk of each of four models in float32 fits a core's cache. A multiple of 8 (see _Random)
+CHUNK = 1 << 18  # elements, a multiple of 8 (see _random_bits); a few float32 chunks fit a core's cache
+SAYS_NOTHING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}  # about the function
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -38,29 +40,39 @@ Answer = TypeVar("Answer")
 def plan(method: Merge, inputs: Inputs, context: Context) -> StepPlan:
     """Return what merging will read, write and take, and everything that speaks against it."""
     problems = _request_problems(method, inputs)
-    *sources, last = context.outlines([*inputs.models, *([inputs.base] if inputs.base else [])])
-    base = last if inputs.base else None
-    sources += [] if base else [last]
-    reference = base or sources[0]
-    for other in sources if base else sources[1:]:
+    refs = [*([inputs.base] if inputs.base else []), *inputs.models]
+    try:
+        reference, *others = outlines = context.outlines(refs)
+    except RequestError as error:
+        raise RequestError(*problems, *error.problems) from None
+    problems += [problem for outline in outlines for problem in _codes(outline)]
+    for other in others:
         problems += _differences(reference, other)
     output = replace(reference, specs=_output_specs(reference.specs, inputs.dtype))
-    reads = sum(outline.nbytes for outline in (*sources, *([base] if base else [])))
-    held = context.settings.threads * CHUNK * 4 * (2 * len(sources) + 3)
-    notes = (
-        []
-        if base is None or method.needs.base
-        else [f"{type(method).__name__} does not use a base; it gives the config"]
-    )
+    reads = sum(outline.nbytes for outline in outlines)
+    held = context.settings.threads * CHUNK * 4 * (2 * len(inputs.models) + 3)
+    notes = _notes(method, inputs, [outline.config for outline in outlines])
     return StepPlan(output, reads, output.nbytes, held, tuple(problems), tuple(notes))
+
+
+def _notes(method: Merge, inputs: Inputs, configs: Sequence[Mapping[str, Any] | None]) -> Iterator[str]:
+    """Yield what is no error and should not pass in silence; `configs` are those of the base, if any, and the models."""
+    refs = [*([inputs.base] if inputs.base else []), *inputs.models]
+    reference, kept = refs[0].label, configs[0]
+    if inputs.base is not None and not method.needs.base:
+        yield f"{type(method).__name__} does not use a base; it gives the config"
+    for ref, config in zip(refs[1:], configs[1:], strict=True):
+        if kept is not None and config is not None:
+            keys = [key for key in sorted({*kept, *config} - SAYS_NOTHING) if kept.get(key) != config.get(key)]
+            if keys:
+                yield f"{ref.label}: config differs from that of {reference}, which is taken: {', '.join(keys)}"
 
 
 def _request_problems(method: Merge, inputs: Inputs) -> list[str]:
     name, (low, high), got = type(method).__name__, method.needs.sources, len(inputs.models)
     problems = []
     if got < low or (high is not None and got > high):
-        wanted = plural(low, "model") if low == high else f"{low} or more models"
-        problems.append(f"{name} takes {wanted}, got {got}")
+        problems.append(f"{name} takes {number_of_models(low, high)}, got {got}")
     if method.needs.base and inputs.base is None:
         problems.append(f"{name} needs a base (--base), the model that the sources were tuned from")
     if inputs.weights is not None and not method.weighted:
@@ -71,9 +83,21 @@ def _request_problems(method: Merge, inputs: Inputs) -> list[str]:
         )
     elif inputs.weights is not None and not np.isfinite(inputs.weights).all():
         problems.append(f"weights must be finite numbers, got {inputs.weights}")
-    elif getattr(method, "normalize", False) and inputs.weights is not None and sum(inputs.weights) == 0:
-        problems.append("weights that sum to 0 cannot be normalised")
+    elif inputs.weights is not None:
+        problems += method.objections(inputs.weights)
     return problems
+
+
+def _codes(outline: Outline) -> list[str]:
+    """Return a line for each tensor of 4, 6 or 8-bit codes, which would have to be copied as if they were counters."""
+    return _first(
+        [
+            f"{outline.ref.label}: tensor {name!r} is {spec}: {ITEM_BITS[spec.dtype]}-bit codes cannot be averaged; "
+            "use the checkpoint they were made from, or convert them to bfloat16"
+            for name, spec in outline.specs.items()
+            if not spec.floating and spec.dtype.startswith("F")
+        ]
+    )
 
 
 def _differences(reference: Outline, other: Outline) -> list[str]:
@@ -88,7 +112,8 @@ def _differences(reference: Outline, other: Outline) -> list[str]:
     ]
     problems = [line for lines in (absent, extra, shapes) for line in _first(lines)]
     if reference.vocabulary and other.vocabulary and reference.vocabulary != other.vocabulary:
-        moved = sum(other.vocabulary.get(token) != index for token, index in reference.vocabulary.items())
+        tokens = {*reference.vocabulary, *other.vocabulary}
+        moved = sum(reference.vocabulary.get(token) != other.vocabulary.get(token) for token in tokens)
         problems.append(
             f"{two}: its tokenizer differs from that of {one} ({plural(moved, 'token')} elsewhere or missing), "
             "so equal rows do not mean equal tokens"
@@ -100,9 +125,11 @@ def _first(lines: Sequence[str], limit: int = 3) -> list[str]:
     return [*lines[:limit], *([f"... and {len(lines) - limit} more like it"] if len(lines) > limit else [])]
 
 
-def _output_specs(specs: Any, dtype: str | None) -> dict[str, Spec]:
+def _output_specs(specs: Mapping[str, Spec], dtype: str | None) -> dict[str, Spec]:
+    """Return what is written, by name: the bytes do not depend on how the inputs are laid out or split into files."""
     return {
-        name: Spec(DTYPES[dtype] if dtype and spec.floating else spec.dtype, spec.shape) for name, spec in specs.items()
+        name: Spec(DTYPES[dtype] if dtype and spec.floating else spec.dtype, spec.shape)
+        for name, spec in sorted(specs.items())
     }
 
 
@@ -115,7 +142,9 @@ def run(method: Merge, inputs: Inputs, context: Context, folder: OutputFolder) -
     base = context.open(inputs.base) if inputs.base else None
     reference = base or sources[0]
     writer = folder.tensors(_output_specs(reference.specs, inputs.dtype))
-    models = _Models(method, sources, base, tuple(inputs.weights or [1.0] * len(sources)), context.seed)
+    weights = tuple(inputs.weights or [1.0] * len(sources))
+    models = _Models(method, sources, base if method.needs.base else None, weights, context.seed)
+    models.notes += _notes(method, inputs, [model.config for model in (*([base] if base else []), *sources)])
     with _one_torch_thread(), ThreadPoolExecutor(context.settings.threads) as pool:
         measured = models.measure_model(pool) if method.measures == "model" else None
         names = list(writer.specs)
@@ -141,23 +170,30 @@ class _Models:
 
     def __post_init__(self) -> None:
         self.notes: list[str] = []
-
-    @cached_property
-    def _content(self) -> list[dict[str, str]]:
-        return [source.weights.tensor_digests() for source in self.sources]
+        self._content = [source.weights.tensor_digests() for source in self.sources] if self.method.random else []
 
     def chunk(self, name: str, start: int) -> Chunk:
+        """Read a part of a tensor from every model, in the widest type stored, float32 at least."""
         stop = min(start + CHUNK, self.sources[0].specs[name].size)
+        models = [*self.sources, *([self.base] if self.base else [])]
+        parts = [model.weights.read(name, start, stop) for model in models]
+        guilty = [model.ref for model, part in zip(models, parts, strict=True) if not _finite(part)]
+        if guilty:
+            raise LfmError(f"tensor {name!r} holds NaN or Inf in {', '.join(guilty)}: that checkpoint is broken")
+        wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+        parts = [part.to(wide) for part in parts]
         return Chunk(
             tensor=name,
-            sources=[source.weights.read(name, start, stop).float() for source in self.sources],
-            base=self.base.weights.read(name, start, stop).float() if self.base else None,
+            base=parts.pop() if self.base else None,
+            sources=parts,
             weights=self.weights,
             random_bits=lambda source: self._random_bits(name, source, start, stop - start),
         )
 
     def _random_bits(self, name: str, source: int, start: int, count: int) -> np.ndarray[Any, Any]:
         """Return uint32 numbers that are a function of seed, tensor, source's content, and position alone."""
+        if not self._content:
+            raise AssertionError(f"{type(self.method).__name__} has to say `random = True` to draw random numbers")
         text = f"{self.seed}\0{name}\0{self._content[source][name]}"
         key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
         generator = np.random.Philox(key=key, counter=start // 8)  # one count is 4 words of 64 bits
@@ -168,11 +204,10 @@ class _Models:
             for start in range(0, self.sources[0].specs[name].size, CHUNK):
                 yield name, start
 
-    def floating(self) -> list[str]:
-        return [name for name, spec in self.sources[0].specs.items() if spec.floating]
-
     def measure_model(self, pool: ThreadPoolExecutor) -> Any:
-        names = self.floating()
+        names = [name for name, spec in sorted(self.sources[0].specs.items()) if spec.floating and spec.size]
+        if not names:
+            return None
 
         def scan(look: Callable[[Chunk], np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
             return _total(in_order(pool, lambda place: look(self.chunk(*place)), self.places(names)))
@@ -194,29 +229,30 @@ class _Models:
             measured = self.measure_tensor(name)
         for _, start in self.places([name]):
             merged = self.method.merge(self.chunk(name, start), measured).to(torch_dtype(spec.dtype))
-            if not torch.isfinite(merged).all():
-                raise LfmError(self._not_finite(name, start))
+            if not _finite(merged):
+                raise LfmError(
+                    f"tensor {name!r}: the merge overflows the range of {spec.dtype}; "
+                    "use a wider --dtype, a smaller scale, or smaller weights"
+                )
             writer.write(name, merged)
         return []
 
     def _copy(self, name: str, writer: TensorWriter, reference: Checkpoint) -> list[str]:
         """Take counters and flags as they are: there is no arithmetic on them."""
-        for _, part in reference.weights.chunks(name, CHUNK):
+        differs = False
+        for start, part in reference.weights.chunks(name, CHUNK):
+            others = [source.weights.read(name, start, start + len(part)) for source in self.sources]
+            differs |= any(other.dtype != part.dtype or not torch.equal(other, part) for other in others)
             writer.write(name, part)
-        kept = reference.weights.read(name)
-        if all(torch.equal(source.weights.read(name), kept) for source in self.sources):
+        if not differs:
             return []
         return [f"tensor {name!r} ({reference.specs[name]}) differs between the models; taken from {reference.ref}"]
 
-    def _not_finite(self, name: str, start: int) -> str:
-        chunk = self.chunk(name, start)
-        labelled = [(source.ref, part) for source, part in zip(self.sources, chunk.sources, strict=True)]
-        if self.base is not None and chunk.base is not None:
-            labelled.append((self.base.ref, chunk.base))
-        guilty = [ref for ref, part in labelled if not torch.isfinite(part).all()]
-        if guilty:
-            return f"tensor {name!r} holds NaN or Inf in {', '.join(guilty)}: that checkpoint is broken"
-        return f"tensor {name!r}: the merge overflows the range of its dtype; use --dtype float32, or a smaller scale"
+
+def _finite(part: torch.Tensor) -> bool:
+    """Whether all elements are numbers; many times as fast as `isfinite(part).all()`."""
+    low, high = part.aminmax()
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def in_order(

@@ -14,13 +14,8 @@ from lfm.reuse.merge._contract import Chunk, Scan
 HALF = 1 << 16
 
 
-def magnitude_bits(values: torch.Tensor) -> torch.Tensor:
-    """Return |values| (float32) as int32 whose order is that of the magnitudes."""
-    return values.view(torch.int32) & 0x7FFFFFFF
-
-
-def smallest_kept(scan: Scan, sources: int, count: int) -> list[int]:
-    """Return, for each source, the magnitude bits of its `count`-th largest change (the largest, for a count of 0)."""
+def smallest_kept(scan: Scan, sources: int, count: int) -> list[float]:
+    """Return, for each source, the magnitude of its `count`-th largest change, in float32 (the largest, for 0)."""
     count = max(count, 1)
     upper = scan(lambda chunk: np.stack([_count(bits >> 16) for bits in _bits(chunk)]))
     buckets = [_bucket(upper[source], count) for source in range(sources)]
@@ -34,11 +29,12 @@ def smallest_kept(scan: Scan, sources: int, count: int) -> list[int]:
         )
 
     lower = scan(lower_halves)
-    return [bucket * HALF + _bucket(lower[source], count - above)[0] for source, (bucket, above) in enumerate(buckets)]
+    found = [bucket * HALF + _bucket(lower[source], count - above)[0] for source, (bucket, above) in enumerate(buckets)]
+    return np.array(found, dtype=np.int32).view(np.float32).tolist()
 
 
 def _bits(chunk: Chunk) -> list[np.ndarray]:
-    return [magnitude_bits(delta).numpy() for delta in chunk.deltas()]
+    return [(delta.float().view(torch.int32) & 0x7FFFFFFF).numpy() for delta in chunk.deltas()]
 
 
 def _count(values: np.ndarray) -> np.ndarray:

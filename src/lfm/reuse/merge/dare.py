@@ -23,10 +23,10 @@ class Dare(Merge):
     scale: float = Field(1.0, description="How far to go along the sum of the task vectors.")
 
     def merge(self, chunk: Chunk, measured: None) -> torch.Tensor:
-        merged = chunk.the_base.clone()
+        change = torch.zeros_like(chunk.the_base)
         limit = min(round(self.density * 2**32), 2**32 - 1)
         for index, (delta, weight) in enumerate(zip(chunk.deltas(), chunk.weights, strict=True)):
             if self.density < 1:
                 delta *= torch.from_numpy(chunk.random_bits(index) < limit)
-            merged += delta.mul_(self.scale * weight / self.density)
-        return merged
+            change += delta.mul_(self.scale * weight / self.density)
+        return chunk.moved(change)

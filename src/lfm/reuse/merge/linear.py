@@ -6,6 +6,8 @@ Averaging models tuned from one base often beats each of them and costs nothing 
 base lie in different valleys, and their average is as good as noise.
 """
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 
@@ -18,6 +20,11 @@ class Linear(Merge):
     paper = "https://arxiv.org/abs/2203.05482"
 
     normalize: bool = Field(True, description="Divide by the sum of the weights.")
+
+    def objections(self, weights: Sequence[float]) -> list[str]:
+        if self.normalize and not abs(sum(weights)) > 1e-6 * sum(abs(weight) for weight in weights):
+            return [f"weights that sum to {sum(weights):.3g} cannot be normalised; pass --no-normalize to add them up"]
+        return []
 
     def merge(self, chunk: Chunk, measured: None) -> torch.Tensor:
         total = sum(chunk.weights) if self.normalize else 1.0

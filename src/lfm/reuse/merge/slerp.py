@@ -34,7 +34,7 @@ class Slerp(Merge):
         aa, ab, bb = scan(_products).tolist()
         if aa == 0 or bb == 0:
             return 1 - self.t, self.t
-        phi = math.acos(max(-1.0, min(1.0, ab / math.sqrt(aa * bb))))
+        phi = math.acos(max(-1.0, min(1.0, ab / math.sqrt(aa) / math.sqrt(bb))))
         if math.sin(phi) < 1e-6:
             return 1 - self.t, self.t
         return math.sin((1 - self.t) * phi) / math.sin(phi), math.sin(self.t * phi) / math.sin(phi)

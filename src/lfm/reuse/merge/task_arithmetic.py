@@ -19,7 +19,7 @@ class TaskArithmetic(Merge):
     scale: float = Field(0.3, description="How far to go along the sum of the task vectors.")
 
     def merge(self, chunk: Chunk, measured: None) -> torch.Tensor:
-        merged = chunk.the_base.clone()
+        change = torch.zeros_like(chunk.the_base)
         for delta, weight in zip(chunk.deltas(), chunk.weights, strict=True):
-            merged += delta.mul_(self.scale * weight)
-        return merged
+            change += delta.mul_(self.scale * weight)
+        return chunk.moved(change)

@@ -1,6 +1,6 @@
 """Trim each task vector to its largest changes, elect a sign for every weight, and average the changes that agree.
 
-    1. trim:   keep the `density` share of largest |tau_i|, tau_i = theta_i - theta_0; the rest becomes 0
+    1. trim:   keep the `density` share (rounded down) of largest |tau_i|, tau_i = theta_i - theta_0; the rest becomes 0
     2. elect:  s = sign(sum_i w_i tau_i)
     3. merge:  tau = sum of the w_i tau_i whose sign is s, divided by the sum of their |w_i|
     4. theta = theta_0 + scale * tau
@@ -17,7 +17,7 @@ from pydantic import Field
 
 from lfm.method import Needs
 from lfm.reuse.merge._contract import Chunk, Merge, Scan, Scope
-from lfm.reuse.merge._magnitude import magnitude_bits, smallest_kept
+from lfm.reuse.merge._magnitude import smallest_kept
 
 
 class Ties(Merge):
@@ -32,24 +32,24 @@ class Ties(Merge):
     def measures(self) -> Scope:
         return "nothing" if self.density == 1 else self.scope
 
-    def measure(self, scan: Scan, sources: int, size: int) -> list[int]:
+    def measure(self, scan: Scan, sources: int, size: int) -> list[float]:
         return smallest_kept(scan, sources, int(self.density * size))
 
-    def merge(self, chunk: Chunk, measured: list[int] | None) -> torch.Tensor:
+    def merge(self, chunk: Chunk, measured: list[float] | None) -> torch.Tensor:
         deltas = list(chunk.deltas())
         if measured is not None:
             for delta, least in zip(deltas, measured, strict=True):
-                delta *= magnitude_bits(delta) >= least
+                delta *= delta.float().abs().ge_(least)
         for delta, weight in zip(deltas, chunk.weights, strict=True):
             delta *= weight
         elected = _sum(deltas).sign_()
-        merged, agreeing = torch.zeros_like(elected), torch.zeros_like(elected)
+        merged, total = torch.zeros_like(elected), torch.zeros_like(elected)
         for delta, weight in zip(deltas, chunk.weights, strict=True):
-            agrees = (delta.sign() == elected) & (delta != 0)
-            merged += delta.mul_(agrees)
-            agreeing += agrees * abs(weight)
-        merged /= agreeing.masked_fill_(agreeing == 0, 1)
-        return chunk.the_base.add_(merged.mul_(self.scale))
+            agreeing = delta.mul_(elected).clamp_(min=0)  # |w_i tau_i| where its sign is s, 0 elsewhere
+            merged += agreeing
+            total += agreeing.sign_().mul_(abs(weight))
+        merged /= total.clamp_(min=1e-38)  # 0 / 0 is 0: nothing was elected
+        return chunk.moved(merged.mul_(elected).mul_(self.scale))
 
 
 def _sum(parts: list[torch.Tensor]) -> torch.Tensor:

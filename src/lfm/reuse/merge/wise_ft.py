@@ -1,8 +1,8 @@
 """Interpolate between a base and its fine-tune, to keep what the base could do outside the tuning data.
 
-    theta = (1 - alpha) theta_0 + alpha theta_1
+    theta = (1 - alpha) theta_0 + alpha theta_1  =  theta_0 + alpha (theta_1 - theta_0)
 
-alpha = 0 returns the base and alpha = 1 the fine-tune, bit for bit. Half-way usually wins under distribution shift at
+alpha = 0 returns the base and alpha = 1 the fine-tune, bit for bit; weights that tuning left alone stay so. Half-way usually wins under distribution shift at
 little or no cost on the tuning task.
 """
 
@@ -21,6 +21,7 @@ class WiseFt(Merge):
     alpha: float = Field(0.5, ge=0, le=1, description="0 is the base, 1 the fine-tune.")
 
     def merge(self, chunk: Chunk, measured: None) -> torch.Tensor:
-        if self.alpha in (0, 1):
-            return chunk.the_base if self.alpha == 0 else chunk.sources[0]
-        return chunk.the_base.mul_(1 - self.alpha).add_(chunk.sources[0].mul_(self.alpha))
+        if self.alpha == 1:
+            return chunk.sources[0]
+        [delta] = chunk.deltas()
+        return chunk.moved(delta.mul_(self.alpha))

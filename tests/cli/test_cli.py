@@ -1,0 +1,249 @@
+"""The command line: answers on stdout, everything else on stderr, exit codes, no traceback for a user's mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lfm.cli import main
+from lfm.cli._root import shipped
+from lfm.method import cards
+from tests.tiny import write_llama
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    root = tmp_path_factory.mktemp("family")
+    return [str(write_llama(root / name, seed)) for seed, name in enumerate(("base", "a", "b"))]
+
+
+@pytest.fixture
+def lfm(capsys):
+    """Return a function that runs a command and gives (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return call
+
+
+def test_help_lists_every_command_and_verb(lfm):
+    code, out, _ = lfm("--help")
+    assert code == 0
+    for word in (
+        "merge",
+        "tune",
+        "run",
+        "validate",
+        "methods",
+        "advise",
+        "inspect",
+        "diff",
+        "verify",
+        "recipes",
+        "env",
+    ):
+        assert f"\n  {word} " in out
+
+
+@pytest.mark.parametrize(("verb", "name"), cards())
+def test_every_method_has_a_help_page_with_its_options(lfm, verb, name):
+    code, out, _ = lfm(verb, name, "-h")
+    assert code == 0
+    for parameter in cards()[verb, name].parameters.model_fields:
+        assert f"--{parameter.replace('_', '-')}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mrge"], "error: no such command 'mrge'; did you mean 'merge'?"),
+        (["merge", "tie"], "error: no such command 'tie'; did you mean 'ties'?"),
+        (["merge", "ties", "--densty", "1"], "error: no such option '--densty'"),
+        (["methods", "mrge"], "error: unknown verb 'mrge'; did you mean 'merge'?"),
+        (["methods", "merge", "tis"], "error: unknown method merge 'tis'; did you mean 'ties'?"),
+        (["recipes", "show", "digit"], "error: no shipped recipe 'digit'; did you mean 'digits'?"),
+        (["advise", "--access", "all"], "error: unknown access level 'all': use one of labels, probs"),
+        (["inspect", "nowhere"], "error: 'nowhere': no such folder or file"),
+        (["run", "nowhere.yaml"], "error: nowhere.yaml: No such file"),
+        (["evaluate", "nowhere"], "error: what to measure?"),
+        (["merge", "linear", "a", "b", "-o", "x", "--weights", "[1"], "not valid YAML"),
+    ],
+)
+def test_a_mistake_ends_with_exit_code_two_and_says_what_to_do(lfm, arguments, message):
+    code, out, err = lfm(*arguments)
+    assert code == 2
+    assert out == ""
+    assert message in err
+
+
+def test_all_problems_of_a_command_are_told_at_once(lfm):
+    code, out, err = lfm("merge", "ties", "--density", "3", "--scale", "big")
+    assert (code, out) == (2, "")
+    for part in (
+        "models: is missing",
+        "density: Input should be less",
+        "scale: Input should be a valid",
+        "pass -o FOLDER",
+    ):
+        assert part in err
+
+
+def test_merge_tells_what_it_made_and_json_holds_the_same(lfm, family, tmp_path):
+    base, a, b = family
+    code, out, _ = lfm("merge", "ties", a, b, "--base", base, "--density", "0.3", "-o", tmp_path / "m")
+    assert code == 0
+    assert f"{tmp_path / 'm'}  merge ties" in out
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {
+        *("README.md", "config.json", "lineage.json", "model.safetensors", "report.html", "results.json"),
+    }
+    code, out, _ = lfm("merge", "ties", a, b, "--base", base, "--density", "0.3", "-o", tmp_path / "m", "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["steps"][0]["skipped"] is True
+    assert answer["steps"][0]["lineage"]["parameters"]["density"] == 0.3
+    code, _, err = lfm("merge", "linear", a, b, "-o", tmp_path / "m")
+    assert code == 2
+    assert "exists already" in err
+    assert lfm("merge", "linear", a, b, "-o", tmp_path / "m", "--overwrite")[0] == 0
+
+
+def test_a_dry_run_writes_nothing(lfm, family, tmp_path):
+    base, a, b = family
+    code, out, _ = lfm("merge", "ties", a, b, "--base", base, "-o", tmp_path / "m", "-n")
+    assert code == 0
+    assert "merge ties" in out
+    assert not list(tmp_path.iterdir())
+    code, out, err = lfm("merge", "ties", a, "-o", tmp_path / "m", "--dry-run", "--json")
+    assert code == 2
+    assert "takes 2 or more models, got 1" in err
+    assert len(json.loads(out)["problems"]) == 2
+
+
+def test_the_printed_recipe_does_the_same(lfm, family, tmp_path):
+    base, a, b = family
+    arguments = ["merge", "dare", a, b, "--base", base, "--density", "0.3", "--seed", "5"]
+    (tmp_path / "r.yaml").write_text(lfm(*arguments, "-o", tmp_path / "x", "--print-recipe")[1])
+    assert lfm(*arguments, "-o", tmp_path / "x")[0] == 0
+    assert lfm("run", tmp_path / "r.yaml", "-o", tmp_path / "runs")[0] == 0
+    assert lfm("diff", tmp_path / "x", tmp_path / "runs" / "x")[:2] == (0, "same weights\n")
+
+
+def test_inspect_diff_and_verify(lfm, family, tmp_path):
+    base, a, b = family
+    code, out, _ = lfm("inspect", base, a)
+    assert code == 0
+    assert "LlamaForCausalLM" in out
+    found = json.loads(lfm("inspect", base, "--tensors", "--digest", "--json")[1])[0]
+    assert found["specs"]["model.norm.weight"] == {"dtype": "F32", "shape": [16]}
+    code, out, _ = lfm("diff", base, a)
+    assert code == 1
+    assert "model.layers.0" in out
+    assert json.loads(lfm("diff", a, a, "--json")[1])["same"] is True
+    assert lfm("merge", "linear", a, b, "-o", tmp_path / "m")[0] == 0
+    assert lfm("verify", tmp_path / "m")[0] == 0
+    path = tmp_path / "m" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    stat = path.stat()
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    code, out, _ = lfm("verify", tmp_path / "m")
+    assert code == 1
+    assert "digest differs" in out
+    code, _, err = lfm("verify", a)
+    assert code == 2
+    assert "no lineage.json" in err
+
+
+def test_validate_tells_problems_on_stdout_and_exits_with_one(lfm, tmp_path):
+    (tmp_path / "r.yaml").write_text("lfm: 1\nsteps:\n  x: {merge: tis, models: [a]}\n")
+    code, out, err = lfm("validate", tmp_path / "r.yaml")
+    assert (code, err) == (1, "")
+    assert "r.yaml:3: steps.x.merge: unknown method 'tis'; did you mean 'ties'?" in out
+    assert json.loads(lfm("validate", tmp_path / "r.yaml", "--json")[1])["problems"]
+
+
+def test_advise_answers_from_what_methods_need(lfm):
+    answers = json.loads(lfm("advise", "--access", "probs", "--data", "few", "--json")[1])
+    assert {(answer["verb"], answer["method"]) for answer in answers} == set(cards())
+    assert all("needs weights of the models, you have probs" in answer["missing"] for answer in answers)
+    code, out, _ = lfm("advise", "--no-train")
+    assert code == 0
+    assert out.splitlines()[2].startswith("yes  merge")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["methods"], ["methods", "merge", "ties"], ["env"], ["recipes", "ls"], ["recipes", "schema"], ["advise"]],
+)
+def test_json_answers_are_json_and_tables_fit_the_screen(lfm, arguments):
+    code, out, err = lfm(*arguments)
+    assert (code, err) == (0, "")
+    if arguments in (["methods"], ["advise"], ["recipes", "ls"]):
+        assert max(map(len, out.splitlines())) <= 100
+    json.loads(out if "schema" in arguments else lfm(*arguments, "--json")[1])
+
+
+def test_recipes_can_be_shown_and_copied_but_not_over_a_file(lfm, tmp_path):
+    assert lfm("recipes", "show", "digits")[1] == shipped()["digits"].read_text()
+    assert lfm("recipes", "cp", "digits", tmp_path / "mine.yaml")[0] == 0
+    code, _, err = lfm("recipes", "cp", "digits", tmp_path / "mine.yaml")
+    assert code == 2
+    assert "exists already" in err
+
+
+def run(arguments, **environment):
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), **environment}
+    return subprocess.run(arguments, capture_output=True, text=True, env=env, check=False)
+
+
+def test_completion_knows_commands_and_methods():
+    assert "_LFM_COMPLETE" in run([sys.executable, "-m", "lfm", "completion", "bash"]).stdout
+    words = {"_LFM_COMPLETE": "bash_complete", "COMP_WORDS": "lfm merge t", "COMP_CWORD": "2"}
+    found = run([sys.executable, "-c", "import sys; sys.argv[0] = 'lfm'; from lfm.cli import entry; entry()"], **words)
+    assert {line.partition(",")[2] for line in found.stdout.split()} == {"ties", "task_arithmetic"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["advise", "--data", "few"], ["merge", "ties", "-h"]])
+def test_listings_answer_without_torch_or_numpy(arguments):
+    code = (
+        "import sys, resource; from lfm.cli import main; code = main(sys.argv[1:]);"
+        "heavy = [m for m in ('torch', 'numpy', 'transformers') if m in sys.modules];"
+        "print(code, heavy, resource.getrusage(resource.RUSAGE_SELF).ru_utime, file=sys.stderr)"
+    )
+    answers = [run([sys.executable, "-c", code, *arguments]).stderr.split() for _ in range(3)]
+    assert {(code, heavy) for code, heavy, _ in answers} == {("0", "[]")}
+    assert min(float(seconds) for *_, seconds in answers) < 0.5
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    done = run(["bash", "-c", f"{sys.executable} -m lfm recipes schema | head -1; exit ${{PIPESTATUS[0]}}"])
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_an_interrupt_ends_with_130(monkeypatch, capsys):
+    from lfm.cli import _root
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_root, "find_recipe", interrupt)
+    assert main(["run", "digits"]) == 130
+    assert capsys.readouterr().err.strip() == "interrupted"
+
+
+def test_a_folder_that_cannot_be_written_ends_with_a_message(lfm, family, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = lfm("merge", "linear", *family[1:], "-o", tmp_path / "file" / "out")
+    assert code in (1, 2)
+    assert err.startswith("error: ")

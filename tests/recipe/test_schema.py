@@ -1,0 +1,194 @@
+"""Recipes: everything wrong is said at once, with its line; nothing ends in a traceback."""
+
+import string
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lfm.cli._root import shipped
+from lfm.errors import RequestError
+from lfm.recipe._yaml import parse_yaml
+from lfm.recipe.schema import check_recipe, in_order, json_schema, load_recipe
+
+GOOD = """\
+lfm: 1
+seed: 3
+models:
+  base: {ref: org/base}
+  a: org/a
+  b: org/b
+steps:
+  merged: {merge: ties, base: base, models: [a, b], density: 0.3}
+  again: {merge: linear, models: [merged, a], weights: [1, 2]}
+evaluate: {perplexity: text.txt, compare: [base, merged]}
+out: runs/x
+"""
+
+
+def problems_of(text: str) -> tuple[str, ...]:
+    with pytest.raises(RequestError) as caught:
+        check_recipe(parse_yaml(text, "r.yaml"))
+    return caught.value.problems
+
+
+def test_a_good_recipe_is_read_whole():
+    recipe = check_recipe(parse_yaml(GOOD, "r.yaml"))
+    assert list(recipe.steps) == ["merged", "again"]
+    assert recipe.steps["merged"].parameters == {"density": 0.3}
+    assert recipe.steps["again"].inputs.weights == [1, 2]
+    assert recipe.seed == 3
+    assert recipe.out == Path("runs/x")
+    assert list(recipe.evaluate.perplexity) == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "message"),
+    [
+        ("densty: 0.3", "density: 0.3", "r.yaml:8: steps.merged.densty: unknown key; did you mean 'density'?"),
+        ("density: fast", "density: 0.3", "r.yaml:8: steps.merged.density: Input should be a valid number"),
+        ("density: 1.5", "density: 0.3", "r.yaml:8: steps.merged.density: Input should be less than or equal to 1"),
+        ("density: .nan", "density: 0.3", "r.yaml:8: steps.merged.density:"),
+        ("merge: tie,", "merge: ties,", "r.yaml:8: steps.merged.merge: unknown method 'tie'; did you mean 'ties'?"),
+        ("mrge: ties,", "merge: ties,", "did you mean 'merge'?"),
+        ("seeds: 3", "seed: 3", "r.yaml:2: seeds: unknown key; did you mean 'seed'?"),
+        ("lfm: 2", "lfm: 1", "r.yaml:1: lfm: Input should be less than or equal to 1"),
+        (
+            "base: bse,",
+            "base: base,",
+            "r.yaml:8: steps.merged.base: 'bse' is no model or step of this recipe; did you mean",
+        ),
+        (
+            "compare: [base, mergd]",
+            "compare: [base, merged]",
+            "'mergd' is no model or step of this recipe; did you mean",
+        ),
+        ("models: [a, b], d", "models: a, d", "r.yaml:8: steps.merged.models: Input should be a valid list"),
+        ("perplexty: text.txt", "perplexity: text.txt", "r.yaml:10: evaluate.perplexty: unknown key; did you mean"),
+        ("  merged: {", "  base: {", "'base' is the name of a model too"),
+        ("  again: {", "  ../up: {", "'../up' cannot name a folder"),
+    ],
+)
+def test_a_mistake_is_told_with_its_line(wrong, right, message):
+    text = GOOD.replace(wrong, right) if message.endswith("valid list") else GOOD.replace(right, wrong)
+    if "name of a model too" in message or "cannot name" in message:
+        text = GOOD.replace(wrong, right)
+    assert any(message in problem for problem in problems_of(text)), problems_of(text)
+
+
+def test_all_mistakes_are_told_at_once():
+    text = (
+        GOOD.replace("density: 0.3", "densty: 0.3").replace("weights: [1, 2]", "weights: [x, 2]").replace("seed", "sed")
+    )
+    assert len(problems_of(text)) == 3
+
+
+def test_steps_that_wait_for_each_other_are_refused():
+    text = "lfm: 1\nsteps:\n  a: {merge: linear, models: [b]}\n  b: {merge: linear, models: [a]}\n"
+    assert "these steps wait for each other: a, b" in problems_of(text)[0]
+    assert "its own output" in problems_of("lfm: 1\nsteps:\n  a: {merge: linear, models: [a]}\n")[0]
+
+
+def test_steps_run_after_what_they_take():
+    text = "lfm: 1\nsteps:\n  late: {merge: linear, models: [early]}\n  early: {merge: linear, models: [org/a]}\n"
+    assert [step.name for step in in_order(check_recipe(parse_yaml(text, "r")).steps)] == ["early", "late"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a recipe is a mapping"),
+        ("- 1\n- 2\n", "a recipe is a mapping"),
+        ("lfm: 1\nlfm: 1\n", "r.yaml:2: the key 'lfm' stands here twice"),
+        ("lfm: 1\nno: 2\n", "the key 'no' is not text; put it in quotes"),
+        ("lfm: 1\nout: 2026-13-45\n", "r.yaml:2: out:"),
+        ("lfm: [1\n", "not valid YAML"),
+        ("lfm: 1\n\tsteps: {}\n", "r.yaml:2: not valid YAML"),
+        ("lfm: !!python/object/apply:os.system [echo]\n", "r.yaml:1: not valid YAML here: the tag"),
+        ("a: &a [*a]\n", "nested too deeply"),
+        ("{" * 2000, "r.yaml: "),
+        ("a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(f"{c}: &{c} [{','.join(['*' + p] * 10)}]\n" for p, c in zip("abcdef", "bcdefg", strict=True)), "more than 100,000 values"),
+    ],
+)  # fmt: skip
+def test_text_that_is_no_recipe_is_refused(text, message):
+    with pytest.raises(RequestError) as caught:
+        check_recipe(parse_yaml(text, "r.yaml"))
+    assert message in str(caught.value)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"lfm: \xff\xfe")
+    with pytest.raises(RequestError, match="not UTF-8"):
+        load_recipe(tmp_path / "r.yaml")
+    with pytest.raises(RequestError, match="No such file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+words = st.sampled_from(
+    [
+        "lfm",
+        "steps",
+        "models",
+        "merge",
+        "ties",
+        "linear",
+        "tune",
+        "full",
+        "base",
+        "weights",
+        "data",
+        "density",
+        "a",
+        "ref",
+    ]
+)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words | st.text(max_size=4), inner, max_size=5),
+    max_leaves=25,
+)
+
+
+@given(st.dictionaries(words, values, max_size=6))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_structure_ends_in_a_traceback(structure):
+    survives(yaml.safe_dump({"lfm": 1, **structure}))
+
+
+@given(st.text(alphabet=string.printable + "é\u2028\x00\x85", max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_no_text_ends_in_a_traceback(text):
+    survives(text)
+
+
+@given(st.integers(0, len(GOOD)), st.integers(0, 10), st.text(alphabet=string.printable, max_size=6))
+@settings(max_examples=300, deadline=None)
+def test_no_damaged_recipe_ends_in_a_traceback(place, length, inserted):
+    survives(GOOD[:place] + inserted + GOOD[place + length :])
+
+
+def survives(text: str) -> None:
+    try:
+        check_recipe(parse_yaml(text, "r.yaml"))
+    except RequestError as error:
+        assert error.problems
+        assert all(problem.startswith("r.yaml") for problem in error.problems)
+
+
+def test_the_json_schema_takes_what_is_right_and_refuses_what_is_not():
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    check = jsonschema.Draft202012Validator(schema)
+    for text in (GOOD, *(path.read_text(encoding="utf-8") for path in shipped().values())):
+        check.validate(yaml.safe_load(text))
+    for wrong, right in (("densty", "density"), ("density: 3", "density: 0.3"), ("merge: tis", "merge: ties")):
+        with pytest.raises(jsonschema.ValidationError):
+            check.validate(yaml.safe_load(GOOD.replace(right, wrong)))
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_shipped_recipes_are_right(name):
+    assert load_recipe(shipped()[name]).steps
