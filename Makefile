@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check docs clean
 
 demo: $(VENV)/.demo  ## train, merge and compare models on real data; ends with runs/digits/report.html
 	$(BIN)/lfm run digits
@@ -22,9 +22,6 @@ check: $(VENV)/.dev
 
 docs: $(VENV)/.dev  ## write docs/methods from the method files
 	$(BIN)/python docs/generate.py
-
-bench: $(VENV)/.dev  ## side by side with peers; slow
-	$(BIN)/python benchmarks/merge.py
 
 clean:
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

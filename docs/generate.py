@@ -1,7 +1,7 @@
 """Writes what the documentation says about methods, from the method files: one page each, and the table of them all.
 
-    python docs/generate.py            writes
-    python docs/generate.py --check    exits with 1, naming the files, if something written is out of date
+python docs/generate.py            writes
+python docs/generate.py --check    exits with 1, naming the files, if something written is out of date
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def tables(prefix: str) -> str:
 
 def table(prefix: str) -> str:
     """Return one table of all methods."""
-    lines = [f"| {c.verb.name} | [{c.name}]({prefix}{c.verb.name}/{c.name}.md) | {c.summary} |" for c in cards().values()]
+    lines = [
+        f"| {c.verb.name} | [{c.name}]({prefix}{c.verb.name}/{c.name}.md) | {c.summary} |" for c in cards().values()
+    ]
     return "\n| verb | method | what it does |\n|---|---|---|\n" + "\n".join(lines) + "\n\n"
 
 

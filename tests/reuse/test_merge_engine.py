@@ -117,7 +117,9 @@ def test_the_order_of_hashes_does_not_change_a_bit(tmp_path):
 
 def test_counters_are_taken_from_the_base_and_a_difference_is_noted(tmp_path):
     models = [
-        save(tmp_path / f"m{count}", {"w": torch.ones(3), "count": torch.tensor([7, count]), "flag": torch.tensor(True)})
+        save(
+            tmp_path / f"m{count}", {"w": torch.ones(3), "count": torch.tensor([7, count]), "flag": torch.tensor(True)}
+        )
         for count in (1, 2, 3)
     ]
     out = lfm.merge("task_arithmetic", models[1:], base=models[0], out=tmp_path / "out")
@@ -142,14 +144,25 @@ def test_models_without_a_single_number_are_merged(method, tmp_path):
     assert same(merge(method, [counters] * low, counters if method.needs.base else None, at=tmp_path), counters)
 
 
-def test_float64_stays_float64_and_is_noted(tmp_path, capsys):
-    paths = [str(save(tmp_path / f"m{i}", tensors(i, torch.float64))) for i in (0, 1)]
-    out = lfm.merge("linear", paths, out=tmp_path / "out")
-    expected = {name: (tensors(0)[name] + tensors(1)[name]).double() / 2 for name in tensors(0)}
-    torch.testing.assert_close(load(tmp_path / "out"), expected)
-    assert {spec.dtype for spec in out.specs.values()} == {"F64"}
-    assert lfm.cli.main(["merge", "linear", *paths, "-o", str(tmp_path / "x"), "--dry-run"]) == 0
-    assert "float64 tensors are merged in float32" in capsys.readouterr().err
+@by_name
+@pytest.mark.parametrize("wide", [(True, True, True), (True, False, False), (False, True, False)])
+def test_float64_is_merged_in_float64(wide, method, tmp_path):
+    third = {name: tensor.double() / 3 for name, tensor in BASE.items()}
+    base, *sources = (near(third, i, 0.1) if one else near(BASE, i) for i, one in enumerate(wide))
+    low, high = method.needs.sources
+    sources = sources[:high]
+    given = base if method.needs.base else None
+    found = merge(method, sources, given, at=tmp_path)
+    exact = merge(
+        method,
+        [{name: tensor.double() for name, tensor in source.items()} for source in sources],
+        given and {name: tensor.double() for name, tensor in base.items()},
+        at=tmp_path,
+    )
+    kept = {name: tensor.dtype for name, tensor in (given or sources[0]).items()}
+    assert {name: tensor.dtype for name, tensor in found.items()} == kept
+    if not isinstance(method, Dare):  # its masks follow the bytes of the source
+        assert same(found, {name: tensor.to(kept[name]) for name, tensor in exact.items()})
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
@@ -295,8 +308,9 @@ def test_an_overflow_is_named_and_told_from_a_broken_input(tmp_path):
 
 def test_a_float64_beyond_float32_is_no_broken_checkpoint(tmp_path):
     large = save(tmp_path / "large", {"w": torch.full((2,), 1e300, dtype=torch.float64)})
-    with pytest.raises(LfmError, match="overflows"):
-        lfm.merge("linear", [large, large], out=tmp_path / "out")
+    assert lfm.merge("linear", [large, large], out=tmp_path / "out").tensor("w").tolist() == [1e300, 1e300]
+    with pytest.raises(LfmError, match="overflows the range of F32"):
+        lfm.merge("linear", [large, large], out=tmp_path / "narrow", dtype="float32")
 
 
 def test_a_merge_after_one_that_failed_is_as_if_nothing_had_been(tmp_path):

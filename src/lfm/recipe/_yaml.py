@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from lfm.errors import RequestError
 
-PLAIN = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+KINDS = ("map", "seq", "str", "int", "float", "bool", "null", "merge", "value")
+MERGE = "tag:yaml.org,2002:merge"
 MAX_NODES = 100_000  # aliases can make a small file enormous
 Place = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, to which a date is text."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 @dataclass
@@ -28,8 +38,12 @@ class Located:
         """Return `file:line: dotted.place`, with the line of the nearest enclosing value that has one."""
         place = tuple(place)
         line = next((self.lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in self.lines), None)
-        dotted = ".".join(str(part) for part in place)
+        dotted = ".".join(_printable(str(part)) for part in place)
         return ": ".join(part for part in (self.name if line is None else f"{self.name}:{line}", dotted) if part)
+
+
+def _printable(key: str) -> str:
+    return key if key.isprintable() else repr(key)
 
 
 def read_yaml(path: Path) -> Located:
@@ -47,7 +61,7 @@ def parse_yaml(text: str, name: str) -> Located:
     """Return the content of a YAML text; `name` stands for the file in messages."""
     located = Located(name, None)
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         try:
             node = loader.get_single_node()
             if node is not None:
@@ -66,7 +80,7 @@ def parse_yaml(text: str, name: str) -> Located:
 
 
 class _Reader:
-    def __init__(self, loader: yaml.SafeLoader, located: Located) -> None:
+    def __init__(self, loader: _Loader, located: Located) -> None:
         self._loader = loader
         self._located = located
         self._count = 0
@@ -77,28 +91,54 @@ class _Reader:
             raise RequestError(f"{self._located.name}: more than {MAX_NODES:,} values, counting every use of an alias")
         line = node.start_mark.line + 1
         self._located.lines.setdefault(place, line)
-        if isinstance(node, yaml.CollectionNode) and node.tag not in PLAIN:
-            raise RequestError(f"{self._located.name}:{line}: not valid YAML here: the tag {node.tag!r}")
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in KINDS:
+            raise self._problem(line, f"not valid YAML here: the tag {node.tag!r}")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, place)
         if isinstance(node, yaml.SequenceNode):
             return [self.read(item, (*place, index)) for index, item in enumerate(node.value)]
+        return self._scalar(node)
+
+    def _problem(self, line: int, text: str) -> RequestError:
+        return RequestError(f"{self._located.name}:{line}: {text}")
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        line = node.start_mark.line + 1
         try:
-            return self._loader.construct_object(node)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise RequestError(f"{self._located.where(place)}: {error}") from None
+            value = self._loader.construct_object(node)
+        except (ValueError, TypeError, OverflowError, KeyError) as error:
+            raise self._problem(line, f"not valid YAML here: {error}") from None
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise self._problem(line, "a number that needs more than 64 bits; put it in quotes if it is text")
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise self._problem(line, f"half a character: {value!r}")
+        return value
 
     def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
-        self._loader.flatten_mapping(node)
         found: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = self._loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
             line = key_node.start_mark.line + 1
+            if key_node.tag == MERGE:
+                merged = {**self._merged(value_node, place, line), **merged}
+                continue
+            key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
             if not isinstance(key, str):
-                written = getattr(key_node, "value", "a list or mapping")
-                raise RequestError(f"{self._located.name}:{line}: the key {written!r} is not text; put it in quotes")
+                written = getattr(key_node, "value", None) if key is not None else None
+                named = "a list or mapping" if isinstance(key_node, yaml.CollectionNode) else repr(written or "null")
+                raise self._problem(line, f"the key {named} is not text; put it in quotes")
             if key in found:
-                raise RequestError(f"{self._located.name}:{line}: the key {key!r} stands here twice")
+                raise self._problem(line, f"the key {key!r} stands here twice")
             self._located.lines[(*place, key)] = line
             found[key] = self.read(value_node, (*place, key))
-        return found
+        return {**merged, **found}
+
+    def _merged(self, node: yaml.Node, place: Place, line: int) -> dict[str, Any]:
+        """Return the keys that `<<:` brings in; of several mappings the first that has a key gives it."""
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        merged: dict[str, Any] = {}
+        for part in parts:
+            if not isinstance(part, yaml.MappingNode):
+                raise self._problem(line, "`<<` takes a mapping, or a list of them")
+            merged = {**self.read(part, place), **merged}
+        return merged

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from lfm.checkpoint import Checkpoint, OutputFolder, Spec, TensorWriter, torch_dtype
-from lfm.checkpoint._header import ITEM_BITS
 from lfm.errors import LfmError, RequestError, plural
 from lfm.method import number_of_models
 from lfm.progress import Progress
@@ -45,7 +44,7 @@ def plan(method: Merge, inputs: Inputs, context: Context) -> StepPlan:
         reference, *others = outlines = context.outlines(refs)
     except RequestError as error:
         raise RequestError(*problems, *error.problems) from None
-    problems += [problem for outline in outlines for problem in _codes(outline)]
+    problems += dict.fromkeys(problem for outline in outlines for problem in _codes(outline))
     for other in others:
         problems += _differences(reference, other)
     output = replace(reference, specs=_output_specs(reference.specs, inputs.dtype))
@@ -56,7 +55,7 @@ def plan(method: Merge, inputs: Inputs, context: Context) -> StepPlan:
 
 
 def _notes(method: Merge, inputs: Inputs, configs: Sequence[Mapping[str, Any] | None]) -> Iterator[str]:
-    """Yield what is no error and should not pass in silence; `configs` are those of the base, if any, and the models."""
+    """Yield what is no error and should not pass in silence; `configs` are those of the base (if any) and models."""
     refs = [*([inputs.base] if inputs.base else []), *inputs.models]
     reference, kept = refs[0].label, configs[0]
     if inputs.base is not None and not method.needs.base:
@@ -89,15 +88,14 @@ def _request_problems(method: Merge, inputs: Inputs) -> list[str]:
 
 
 def _codes(outline: Outline) -> list[str]:
-    """Return a line for each tensor of 4, 6 or 8-bit codes, which would have to be copied as if they were counters."""
-    return _first(
-        [
-            f"{outline.ref.label}: tensor {name!r} is {spec}: {ITEM_BITS[spec.dtype]}-bit codes cannot be averaged; "
-            "use the checkpoint they were made from, or convert them to bfloat16"
-            for name, spec in outline.specs.items()
-            if not spec.floating and spec.dtype.startswith("F")
-        ]
-    )
+    """Return a line for each tensor that is neither a plain number nor a counter or flag, and so cannot be merged."""
+    found = [
+        f"{outline.ref.label}: tensor {name!r} is {spec}: codes or complex numbers, which cannot be merged; "
+        "convert the checkpoint to float32, bfloat16 or float16 first"
+        for name, spec in outline.specs.items()
+        if not spec.floating and spec.dtype.startswith(("F", "C"))
+    ]
+    return _first(found)
 
 
 def _differences(reference: Outline, other: Outline) -> list[str]:
@@ -232,7 +230,7 @@ class _Models:
             if not _finite(merged):
                 raise LfmError(
                     f"tensor {name!r}: the merge overflows the range of {spec.dtype}; "
-                    "use a wider --dtype, a smaller scale, or smaller weights"
+                    "use --dtype float32, a smaller scale, or smaller weights"
                 )
             writer.write(name, merged)
         return []

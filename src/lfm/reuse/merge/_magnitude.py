@@ -30,7 +30,7 @@ def smallest_kept(scan: Scan, sources: int, count: int) -> list[float]:
 
     lower = scan(lower_halves)
     found = [bucket * HALF + _bucket(lower[source], count - above)[0] for source, (bucket, above) in enumerate(buckets)]
-    return np.array(found, dtype=np.int32).view(np.float32).tolist()
+    return [float(value) for value in np.array(found, dtype=np.int32).view(np.float32)]
 
 
 def _bits(chunk: Chunk) -> list[np.ndarray]:

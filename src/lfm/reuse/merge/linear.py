@@ -23,7 +23,7 @@ class Linear(Merge):
 
     def objections(self, weights: Sequence[float]) -> list[str]:
         if self.normalize and not abs(sum(weights)) > 1e-6 * sum(abs(weight) for weight in weights):
-            return [f"weights that sum to {sum(weights):.3g} cannot be normalised; pass --no-normalize to add them up"]
+            return [f"weights that sum to 0 cannot be normalised, got {list(weights)}; --no-normalize adds them up"]
         return []
 
     def merge(self, chunk: Chunk, measured: None) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
     theta = (1 - alpha) theta_0 + alpha theta_1  =  theta_0 + alpha (theta_1 - theta_0)
 
-alpha = 0 returns the base and alpha = 1 the fine-tune, bit for bit; weights that tuning left alone stay so. Half-way usually wins under distribution shift at
-little or no cost on the tuning task.
+alpha = 0 returns the base and alpha = 1 the fine-tune, bit for bit; weights that tuning left alone stay so. Half-way
+usually wins under distribution shift at little or no cost on the tuning task.
 """
 
 import torch
