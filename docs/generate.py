@@ -75,8 +75,7 @@ def limits(schema: dict) -> str:
 
 def example(card: Card) -> str:
     """Return a command that runs the method."""
-    low, high = card.needs.sources
-    names = "A" if high == 1 else "A B"
+    names = "A" if card.needs.sources[1] == 1 else "A B"
     if card.verb.name != "merge":
         return f"lfm {card.verb.name} {card.name} MODEL --data train.jsonl -o out"
     return f"lfm merge {card.name} {names}{' --base C' if card.needs.base else ''} -o out"

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.tiny import write_llama
 
 from lfm.cli import main
 from lfm.cli._root import shipped
 from lfm.method import cards
-from tests.tiny import write_llama
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from tests.tiny import write_llama
 
 from lfm import RequestError, Settings, open_checkpoint, run
 from lfm.recipe._yaml import parse_yaml
 from lfm.recipe.execute import plan
 from lfm.recipe.schema import check_recipe
-from tests.tiny import write_llama
 
 
 @pytest.fixture

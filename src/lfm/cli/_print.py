@@ -55,8 +55,10 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def number(value: float | None) -> str:
-    """Return a measured value with four significant digits."""
+def number(value: float | None, unit: str = "") -> str:
+    """Return a measured value: percentages with one decimal, others with four significant digits."""
     if value is None:
         return "-"
+    if unit == "%":
+        return f"{value:.1f}"
     return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"

@@ -58,7 +58,7 @@ def _tell_table(table: Any) -> None:
     rows = []
     for name in table.rows:
         cells = [table.cells.get((name, j)) for j in range(len(table.columns))]
-        rows.append([name, *("-" if cell is None else _print.number(cell.value) for cell in cells)])
+        rows.append([name, *(_print.number(cell and cell.value, table.columns[0].unit) for cell in cells)])
     unit = table.columns[0].unit if table.columns[0].unit in ("%", "nats") else ""
     title = f"{table.title} ({unit})" if unit else table.title
     _print.table([title, *heads], rows, numbers=range(1, len(heads) + 1))
