@@ -313,7 +313,7 @@ def results(**cells: Estimate | None) -> Table:
         ("none", estimate(0.6), Change(0.125, "")),
         ("higher", estimate(0.5, 0.1), Change(0.025, "unclear")),
         ("higher", Estimate(0.475), Change(0.0, "same")),
-        ("higher", Estimate(0.476), Change(0.001, "unclear")),
+        ("higher", Estimate(0.476), Change(0.001, "")),
         ("higher", Estimate(NAN), None),
         ("higher", None, None),
     ],

@@ -94,18 +94,19 @@ def _verdict(cell: Estimate, base: Estimate, better: Better) -> Verdict:
         return "same"
     if better == "none":
         return ""
-    low, high = _span(cell)
-    base_low, base_high = _span(base)
-    if low <= base_high and base_low <= high:
+    span, base_span = _span(cell), _span(base)
+    if span is None or base_span is None:
+        return ""  # without intervals a difference is a difference, and no more can be said
+    if span[0] <= base_span[1] and base_span[0] <= span[1]:
         return "unclear"
     return "better" if (cell.value > base.value) == (better == "higher") else "worse"
 
 
-def _span(cell: Estimate) -> tuple[float, float]:
-    """Return the interval of an estimate; an unknown end is the value itself."""
-    low = cell.value if cell.low is None or math.isnan(cell.low) else cell.low
-    high = cell.value if cell.high is None or math.isnan(cell.high) else cell.high
-    return low, high
+def _span(cell: Estimate) -> tuple[float, float] | None:
+    """Return the interval of an estimate, or None where one of its ends is not known."""
+    if cell.low is None or cell.high is None or math.isnan(cell.low) or math.isnan(cell.high):
+        return None
+    return cell.low, cell.high
 
 
 @dataclass(frozen=True)
