@@ -9,6 +9,9 @@ Importing this imports neither torch nor numpy.
 
 __version__ = "0.1.0"
 
+# The packages first: the first import of one puts it under its name here, and that must not be after the functions.
+from lfm import evaluate as _evaluate  # noqa: F401
+from lfm import tune as _tune  # noqa: F401
 from lfm.api import advise, evaluate, load, merge, run, tune
 from lfm.checkpoint import Checkpoint, Delta, open_checkpoint
 from lfm.data import DataSpec

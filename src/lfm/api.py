@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
+import yaml
+from pydantic import BaseModel
 
 from lfm.checkpoint import Checkpoint, open_checkpoint
 from lfm.data import DataSpec
-from lfm.errors import RequestError
-from lfm.method import Have, Method, cards
+from lfm.errors import RequestError, did_you_mean
+from lfm.method import Have, Method, cards, methods_of
 from lfm.models.ref import ModelRef
 from lfm.recipe._yaml import Located
-from lfm.recipe.schema import Recipe, check_step, dump, load_recipe, validate
+from lfm.recipe.schema import Recipe, Step, check_step, load_recipe, validate
 from lfm.recipe.step import Settings
 
 if TYPE_CHECKING:
     from lfm.evaluate.measure import Measured, Measurement
+    from lfm.evaluate.spec import Evaluate
     from lfm.models.handle import Model
     from lfm.recipe.catalogue import Catalogue
     from lfm.recipe.execute import StepRun
@@ -49,7 +51,7 @@ def run(
 
     found = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     runs, catalogue = execute(found, settings or Settings(), None if out is None else Path(out), overwrite=overwrite)
-    report(found, runs, catalogue, evaluate(found, catalogue), runs[0].folder if found.single else catalogue.out)
+    report(found, runs, catalogue, evaluate(found, catalogue), catalogue.out)
     return runs
 
 
@@ -58,56 +60,100 @@ def one_step(
     method: str,
     keys: Mapping[str, Any],
     *,
-    out: str | Path,
+    out: str | Path | None,
     seed: int = 0,
     evaluate: Mapping[str, Any] | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> Recipe:
     """Return the recipe of a single step that writes `out` itself. Raises RequestError with every problem.
 
-    `keys` are what a recipe would hold: the verb's inputs and the method's parameters.
+    `keys` are what a recipe would hold: the verb's inputs and the method's parameters. Where they were options of a
+    command, `options` says what complaints call them.
     """
     problems: list[str] = []
     raw = {verb: method, **{key: value for key, value in keys.items() if value is not None}}
-    name = Path(out).name or "out"
-    located = Located(f"{verb} {method}", raw)
-    step = check_step(name, raw, located, (), problems)
-    measures = validate_measures(evaluate, problems) if evaluate else None
+    located = Located(f"{verb} {method}" if options is None else "", raw, options=options or {})
+    step = check_step(_step_name(out, raw), raw, located, (), problems)
+    measures = validate_measures(evaluate, problems, options) if evaluate else None
     if step is None or problems:
         raise RequestError(*problems)
-    text = f"lfm: 1\nseed: {seed}\nsteps:\n  {name}: {dump(step.as_dict())}\n"
-    text += f"evaluate: {dump(dict(evaluate))}\n" if evaluate else ""
-    return Recipe({name: step}, {}, Path(out), seed, measures, text, single=True)
+    place = None if out is None else Path(out)
+    text = _text(step, place, seed, evaluate)
+    return Recipe({step.name: step}, {}, place, seed, measures, text, single=True)
 
 
-def validate_measures(measures: Mapping[str, Any], problems: list[str]) -> Any:
+def _step_name(out: str | Path | None, raw: Mapping[str, Any]) -> str:
+    """Return the name of what comes out: the last part of its path; more of it where an input is called the same."""
+    path = Path("out" if out is None else out)
+    texts = [item for value in raw.values() for item in (value if isinstance(value, list) else [value])]
+    taken = {name for text in texts if isinstance(text, str) for name in (text, Path(text).name)}
+    return next(name for name in (path.name or "out", str(path), f"{path} (new)") if name not in taken)
+
+
+def _text(step: Step, out: Path | None, seed: int, evaluate: Mapping[str, Any] | None) -> str:
+    """Return the recipe that does the same as a single step."""
+    content: dict[str, Any] = {"lfm": 1, "seed": seed, "steps": {step.name: step.as_dict()}}
+    content |= {"evaluate": dict(evaluate)} if evaluate else {}
+    content |= {"out": str(out.parent)} if out is not None else {}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+
+
+def validate_measures(
+    measures: Mapping[str, Any], problems: list[str], options: Mapping[str, str] | None = None
+) -> Any:
     """Return the `evaluate` section, or None with the reasons added to `problems`."""
     from lfm.evaluate.spec import Evaluate
 
-    return validate(Evaluate, dict(measures), Located("evaluate", None), (), problems)
+    flags = {} if options is None else {name: f"--{name}" for name in measures}
+    return validate(Evaluate, dict(measures), Located("" if flags else "evaluate", None, options=flags), (), problems)
 
 
 def measure_models(
-    models: Sequence[Any], measures: Mapping[str, Any], settings: Settings, seed: int = 0
+    models: Sequence[Any],
+    measures: Mapping[str, Any],
+    settings: Settings,
+    seed: int = 0,
+    options: Mapping[str, str] | None = None,
 ) -> tuple[Recipe, Catalogue, Measured]:
     """Measure models side by side; `measures` is what a recipe holds under `evaluate`."""
     from lfm.evaluate.measure import measure
-    from lfm.recipe.catalogue import Catalogue, short_name
+    from lfm.recipe.catalogue import Catalogue, short_names
+    from lfm.recipe.execute import data_problems
 
     problems: list[str] = []
-    spec = validate_measures(measures, problems)
-    try:
-        refs = [ModelRef.model_validate(model) for model in models]
-    except ValidationError as error:
-        problems += [str(item["msg"]) for item in error.errors()]
+    spec = validate_measures(measures, problems, options)
+    located = Located("", None, options={"models": "MODELS"} if options is not None else {})
+    refs = validate(_Models, {"models": list(models)}, located, (), problems)
     if problems:
         raise RequestError(*problems)
-    named = {short_name(ref): ref for ref in refs}
-    if len(named) < len(refs):  # folders of one name in different places
-        named = {ref.label: ref for ref in refs}
+    named = short_names(refs.models)
+    problems += [f"{name!r} is none of the models{did_you_mean(name, named)}" for name in _asked(spec, named)]
+    spec = spec.model_copy(update={"baseline": next(_called(spec.baseline, named), None)})
     recipe = Recipe({}, named, None, seed, spec)
     catalogue = Catalogue(recipe, settings, None)
-    catalogue.outlines(refs)
+    problems += data_problems(recipe, catalogue)
+    try:
+        catalogue.outlines(refs.models)
+    except RequestError as error:
+        problems += error.problems
+    if problems:
+        raise RequestError(*problems)
     return recipe, catalogue, measure(named, spec, catalogue)
+
+
+def _asked(spec: Evaluate, named: Mapping[str, ModelRef]) -> list[str]:
+    """Return the names in `spec` that are none of the models'."""
+    asked = [*(spec.compare or ()), *([spec.baseline] if spec.baseline else ())]
+    return [name for name in asked if not any(_called(name, named))]
+
+
+def _called(name: str | None, named: Mapping[str, ModelRef]) -> Iterator[str]:
+    """Yield the models that have this name or reference, by name."""
+    return (known for known, ref in named.items() if name in (known, ref.label))
+
+
+class _Models(BaseModel):
+    models: list[ModelRef]
 
 
 def merge(
@@ -190,7 +236,8 @@ def _one(
     overwrite: bool,
     settings: Settings | None,
 ) -> Checkpoint:
-    name = method if isinstance(method, str) else type(method).__module__.rpartition(".")[2]
+    known = {card.module: name for name, card in methods_of(verb).items()}
+    name = method if isinstance(method, str) else known.get(type(method).__module__, type(method).__name__)
     parameters = {} if isinstance(method, str) else method.model_dump(exclude_unset=True)
     recipe = one_step(verb, name, {**keys, **parameters}, out=out, seed=seed)
     run(recipe, overwrite=overwrite, settings=settings)

@@ -13,7 +13,7 @@ import importlib.metadata
 import importlib.util
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cache, cached_property
 from importlib.machinery import PathFinder
@@ -111,7 +111,7 @@ def number_of_models(low: int, high: int | None) -> str:
 class Inputs(BaseModel):
     """What a verb takes besides the method's own parameters: models, data, requests. Each verb extends it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Method(BaseModel):
@@ -121,7 +121,7 @@ class Method(BaseModel):
     and no model, and are final: contracts (`Merge`, `Tune`, ...) are the only classes in between.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     needs: ClassVar[Needs]
     paper: ClassVar[str] = ""
@@ -194,14 +194,15 @@ def cards() -> dict[tuple[str, str], Card]:
     A plug-in that cannot be read as a method, or takes a name that is in use, is left out with a warning.
     """
     found = {(card.verb.name, card.name): card for card in (read_card(*file) for file in _own_files())}
-    for point in sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+    points = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    for point in sorted(points, key=lambda point: (point.name, point.value)):
         try:
             card = _plugin_card(point)
             other = found.setdefault((card.verb.name, card.name), card)
-            if other is not card and other.module != card.module:
+            if other.module != card.module:
                 raise RequestError(f"{card.verb.name} {card.name} is the name of {other.module} already")
         except Exception as error:  # whatever a stranger's package provokes must not take the rest away
-            why = str(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {error}"
+            why = first_line(str(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {error}")
             LOG.warning("warning: the plug-in method %r (%s) is left out: %s", point.name, point.value, why)
     return found
 
@@ -241,7 +242,7 @@ def _plugin_card(point: EntryPoint) -> Card:
         spec = PathFinder.find_spec(f"{spec.name}.{part}", list(folders)) if spec is not None and folders else None
     if spec is None or spec.origin is None:
         raise RequestError(f"there is no module {point.module!r}")
-    return read_card(point.module, Path(spec.origin))
+    return replace(read_card(point.module, Path(spec.origin)), name=point.name)
 
 
 # --- reading a method file's header ---------------------------------------------------------------------------------
@@ -281,13 +282,13 @@ def _method_class(tree: ast.Module, module: str) -> tuple[Verb, str, ast.ClassDe
     """Find the one class whose base is imported from a verb's `_contract`: that import says which verb it serves."""
     packages = {f"{verb.package}._contract": verb for verb in verbs().values()}
     contracts = {
-        alias.asname or alias.name: packages[node.module]
+        alias.asname or alias.name: (packages[node.module], alias.name)
         for node in tree.body
         if isinstance(node, ast.ImportFrom) and node.module in packages
         for alias in node.names
     }
     found = [
-        (contracts[base.id], base.id, node)
+        (*contracts[base.id], node)
         for node in tree.body
         if isinstance(node, ast.ClassDef)
         for base in node.bases
@@ -335,7 +336,7 @@ def _parameters(node: ast.ClassDef, contract: type[Method], module: str) -> type
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             default = _literal(statement.value, module) if statement.value is not None else ...
             parameters[statement.target.id] = (_literal(statement.annotation, module), default)
-    return create_model(node.name, __config__=ConfigDict(frozen=True, extra="forbid"), **parameters)
+    return create_model(node.name, __config__=Method.model_config, **parameters)
 
 
 def first_line(doc: str | None) -> str:

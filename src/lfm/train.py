@@ -6,11 +6,14 @@ from its last saved state to the same bits as one that was not.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
     from lfm.models.encode import Batch
 
+LOG = logging.getLogger("lfm")
 Loss = Callable[["nn.Module", "Batch"], "Mapping[str, torch.Tensor]"]
 
 
@@ -110,9 +114,9 @@ def fit(
     """Train `module` in place for `steps` steps and return the log.
 
     `groups` are AdamW parameter groups, each with its `lr`; what is in none of them stays as it is, the statistics of
-    batch norms included. `loss` returns named terms, whose sum is minimised. State is saved into `resume` every
-    `save_seconds`, and taken up from there. Raises RequestError where there is nothing to train, and LfmError when the
-    loss is no longer a number.
+    batch norms included. `loss` returns named terms, means over a batch, whose sum is minimised. State is saved into
+    `resume` every `save_seconds`, and taken up from there. Raises RequestError where there is nothing to train, and
+    LfmError when the loss is no longer a number.
     """
     import torch
     from accelerate import Accelerator
@@ -187,21 +191,32 @@ def _step(state: _State, loss: Loss, method: Trained, steps: int, seed: int, acc
         group["lr"] = group["peak"] * rate
     sums: dict[str, float] = {}
     with _randomness(seed, state.step):
-        for micro in range(method.accumulate):
+        batches = [state.source.batch(state.step * method.accumulate + micro) for micro in range(method.accumulate)]
+        for batch, share in zip(batches, _shares(batches), strict=True):
             with accelerator.autocast():
-                terms = loss(state.module, state.source.batch(state.step * method.accumulate + micro))
+                terms = loss(state.module, batch)
                 total = torch.stack(list(terms.values())).sum()
-            accelerator.backward(total / method.accumulate)
+            accelerator.backward(total * share)
             for name, value in {**terms, "loss": total}.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) / method.accumulate
-    if not math.isfinite(sums["loss"]):
-        raise LfmError(f"the loss became {sums['loss']} at step {state.step + 1} of {steps}; lower the learning rate")
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
     trained = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     norm = float(accelerator.clip_grad_norm_(trained, method.clip))
+    for what, number in (("loss", sums["loss"]), ("gradient", norm)):
+        if not math.isfinite(number):
+            raise LfmError(f"the {what} became {number} at step {state.step + 1} of {steps}; lower the learning rate")
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1
-    state.log.steps.append({"step": state.step, **sums, "learning_rate": rate, "gradient_norm": norm})
+    record = {"step": state.step, **sums, "learning_rate": method.learning_rate * rate, "gradient_norm": norm}
+    state.log.steps.append(record)
+
+
+def _shares(batches: Sequence[Batch]) -> list[float]:
+    """Return the part of each batch in a step's mean: that of its labels, as if all were one large batch."""
+    from lfm.models.encode import IGNORE
+
+    counts = [int((batch["labels"] != IGNORE).sum()) if "labels" in batch else 1 for batch in batches]
+    return [count / sum(counts) for count in counts] if sum(counts) else [1 / len(counts)] * len(counts)
 
 
 def _stop(state: _State, validate: Callable[[], float], method: Trained) -> bool:
@@ -268,12 +283,12 @@ def _save(state: _State, resume: Path) -> None:
         {name: tensor.contiguous().cpu().clone() for name, tensor in tensors.items()}, draft / "state.safetensors"
     )
     record = {
+        "sha256": _digest(draft / "state.safetensors"),
         "step": state.step,
         "best_loss": state.best_loss if math.isfinite(state.best_loss) else None,
         "best_step": state.best_step,
         "steps": state.log.steps,
         "validations": state.log.validations,
-        "tensors": sorted(tensors),
     }
     (draft / "state.json").write_text(json.dumps(record), encoding="utf-8")
     draft.rename(place)
@@ -289,19 +304,26 @@ def _load(state: _State, resume: Path) -> None:
         if found is not None:
             _take_up(state, *found)
             return
+        LOG.warning("note: %s: this saved state is damaged and not used", place)
 
 
 def _read(place: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
     """Return a saved record and its tensors, or None where a file is damaged or missing."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         record = json.loads((place / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(place / "state.safetensors")
-    except (OSError, ValueError, SafetensorError):
+        whole = record["sha256"] == _digest(place / "state.safetensors")
+    except (OSError, ValueError, KeyError):
         return None
-    return (record, tensors) if record["tensors"] == sorted(tensors) else None
+    return (record, load_file(place / "state.safetensors")) if whole else None
+
+
+def _digest(path: Path) -> str:
+    """Return a file's sha256, once it is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _take_up(state: _State, record: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:

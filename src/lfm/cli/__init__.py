@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from lfm.cli._root import root
-from lfm.errors import LfmError, RequestError
+from lfm.errors import LfmError, RequestError, did_you_mean
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,10 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _usage(error: click.ClickException) -> str:
     """Return a complaint about the command line in the form of all others."""
-    text = error.format_message()
-    text = text[:1].lower() + text[1:].rstrip(".")
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        return error.message
+    if isinstance(error, click.NoSuchOption):
+        text = f"no such option {error.option_name}{did_you_mean(error.option_name, error.possibilities or ())}"
+    else:
+        text = error.format_message().rstrip(".")
     context = getattr(error, "ctx", None)
-    return f"error: {text}" + (f"\ntry `{context.command_path} --help`" if context is not None else "")
+    hint = f"\ntry `{context.command_path} --help`" if context is not None else ""
+    return f"error: {text[:1].lower()}{text[1:]}{hint}"
 
 
 def _message(error: LfmError) -> str:

@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import click
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from lfm.data import DataSpec
-from lfm.errors import RequestError
 from lfm.method import choices
 from lfm.models.ref import ModelRef
+from lfm.recipe._yaml import parse_yaml
 from lfm.recipe.step import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+HEADINGS = {
+    "Output": ("out", "overwrite", "dry_run", "json_", "print_recipe"),
+    "Measures": ("accuracy", "perplexity", "drift", "baseline"),
+    "Running": ("seed", "device", "threads", "allow_pickle", "quiet"),
+}
+
+
+class Grouped(click.Command):
+    """A command whose help shows its options under headings."""
+
+    headings: Mapping[str, Sequence[str]] = HEADINGS
+    arguments: Mapping[str, str] = {}  # what each argument means
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        heading_of = {name: heading for heading, names in self.headings.items() for name in names}
+        sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in ("Options", *self.headings)}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if parameter.name in self.arguments:
+                record = (str(parameter.metavar), self.arguments[parameter.name])
+            if record is not None and "--help" not in parameter.opts:
+                sections[heading_of.get(parameter.name or "", "Options")].append(record)
+        last = [heading for heading, records in sections.items() if records][-1:] or ["Options"]
+        sections[last[0]].append(("-h, --help", "Show this message and exit."))
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records, col_max=26)
+
+
+seed_option = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="INTEGER", help="Seed of everything random."
+)
 
 
 def settings_options(command: Command) -> Command:
     """Add the options that say how to run, which do not change what comes out."""
     for option in reversed(
         (
-            click.option("--device", default="cpu", show_default=True, help="Where models run: cpu, cuda, mps."),
-            click.option("--threads", type=click.IntRange(1), help="Worker threads; all cores if left out."),
+            click.option(
+                "--device", default="cpu", show_default=True, help="Where models run: cpu, cuda, cuda:1, mps."
+            ),
+            click.option(
+                "--threads", type=click.IntRange(1), metavar="INTEGER", help="Worker threads; all cores if left out."
+            ),
             click.option("--allow-pickle", is_flag=True, help="Read PyTorch pickle weights (tensors only)."),
             click.option("-q", "--quiet", is_flag=True, help="No progress bar."),
         )
@@ -46,7 +83,7 @@ def run_options(command: Command) -> Command:
     """Add the options of everything that writes an output folder."""
     for option in reversed(
         (
-            click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write."),
+            click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Folder to write."),
             click.option("--overwrite", is_flag=True, help="Replace the folder, if lfm made it."),
             click.option(
                 "-n", "--dry-run", is_flag=True, help="Say what would be read and written, and every problem."
@@ -90,35 +127,68 @@ def _named_data(text: str) -> tuple[str, Any]:
 
 def inline(text: str) -> Any:
     """Return an option's value: YAML where it starts with a brace or bracket, otherwise the text itself."""
-    if not text.startswith(("{", "[")):
-        return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RequestError(f"{text}: not valid YAML: {str(error).splitlines()[0]}") from None
+    return parse_yaml(text, repr(text)).value if text.startswith(("{", "[")) else text
 
 
 def field_params(inputs: type[BaseModel], parameters: type[BaseModel]) -> Iterator[click.Parameter]:
     """Yield a command's arguments and options from the fields of a verb's inputs and a method's parameters."""
     for name, field in inputs.model_fields.items():
-        kind = _without_none(field.annotation)
-        if field.is_required() and kind in (ModelRef, list[ModelRef]):
-            yield click.Argument([name], nargs=-1 if kind == list[ModelRef] else 1, required=False)
+        if is_argument(field):
+            several = _without_none(field.annotation) == list[ModelRef]
+            metavar = f"{name.upper().removesuffix('S')}..." if several else name.upper()
+            yield click.Argument([name], nargs=-1 if several else 1, required=False, metavar=metavar)
         else:
             yield _option(name, field)
     for name, field in parameters.model_fields.items():
         yield _option(name, field)
 
 
+def is_argument(field: FieldInfo) -> bool:
+    """Whether an input is given by its place on the command line: models that have to be named are."""
+    return field.is_required() and _without_none(field.annotation) in (ModelRef, list[ModelRef])
+
+
+def option_names(inputs: type[BaseModel], parameters: type[BaseModel]) -> dict[str, str]:
+    """Return what a complaint calls each field: `--density`, `MODELS`."""
+    fields = {**inputs.model_fields, **parameters.model_fields}
+    return {name: name.upper() if is_argument(field) else _flag(name) for name, field in fields.items()}
+
+
+def example(inputs: type[BaseModel], words: str, base: bool) -> str:
+    """Return a command line with all that has to be given."""
+    parts = [f"lfm {words}"]
+    for name, field in inputs.model_fields.items():
+        kind = _without_none(field.annotation)
+        if is_argument(field):
+            parts.append("A B" if kind == list[ModelRef] else "MODEL")
+        elif field.is_required():
+            parts.append(f"{_flag(name)} {'train.jsonl' if kind is DataSpec else _metavar(kind)}")
+        elif name == "base" and base:
+            parts.append("--base BASE")
+    return " ".join([*parts, "-o out"])
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _option(name: str, field: FieldInfo) -> click.Option:
     kind = _without_none(field.annotation)
-    flag = "--" + name.replace("_", "-")
     text = (field.description or "") + _default(field)
     if kind is bool:
-        return click.Option([f"{flag}/--no-{name.replace('_', '-')}", name], default=None, help=text)
+        return click.Option([f"{_flag(name)}/--no-{name.replace('_', '-')}", name], default=None, help=text)
     if choices(kind):
-        return click.Option([flag, name], type=click.Choice([str(choice) for choice in choices(kind)]), help=text)
-    return click.Option([flag, name], metavar=_metavar(kind), help=text)
+        return click.Option(
+            [_flag(name), name], type=click.Choice([str(choice) for choice in choices(kind)]), help=text
+        )
+    if get_origin(kind) is list:
+        return click.Option([_flag(name), name], metavar="A,B,...", callback=_listed, help=text)
+    return click.Option([_flag(name), name], metavar=_metavar(kind), help=text)
+
+
+def _listed(ctx: click.Context, option: click.Parameter, text: str | None) -> str | None:
+    """Let `1,2` stand for `[1,2]`."""
+    return text if text is None or text.startswith(("[", "{")) else f"[{text}]"
 
 
 def _default(field: FieldInfo) -> str:
@@ -129,7 +199,7 @@ def _default(field: FieldInfo) -> str:
         if getattr(bound, attribute, None) is not None
     )
     default = field.default
-    shown = [f"default: {default}"] if default not in (None, PydanticUndefined) and default != {} else []
+    shown = [f"default: {default}"] if default not in (None, PydanticUndefined, {}) and default is not False else []
     shown += [bounds] if bounds else []
     shown += ["required"] if field.is_required() else []
     return f"  [{'; '.join(shown)}]" if shown else ""
@@ -140,8 +210,6 @@ def _metavar(kind: Any) -> str:
         return "MODEL"
     if kind is DataSpec:
         return "DATA"
-    if get_origin(kind) is list:
-        return "[A,B,...]"
     return {float: "NUMBER", int: "INTEGER"}.get(kind, "TEXT")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
+
+from lfm.recipe.schema import pretty
 
 WIDTH = 100
 
@@ -43,7 +44,7 @@ def _wrapped(line: list[str], width: int) -> list[list[str]]:
 
 def as_json(value: Any) -> None:
     """Print a value as JSON."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    click.echo(pretty(value))
 
 
 def size(count: float) -> str:

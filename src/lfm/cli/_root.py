@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from lfm import __version__
 from lfm.cli import _options as options
 from lfm.cli import _print
 from lfm.cli._verbs import Suggesting, VerbGroup
-from lfm.errors import LfmError, RequestError
-from lfm.method import Access, Card, Data, Have, card, cards, first_line, level, methods_of, verbs
+from lfm.errors import LfmError, RequestError, did_you_mean
+from lfm.method import Access, Card, Data, Have, card, cards, first_line, level, methods_of, number_of_models, verbs
 
 
 class Root(Suggesting):
@@ -29,16 +30,27 @@ class Root(Suggesting):
         return self.commands.get(cmd_name) or self._verbs().get(cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: list[tuple[str, Mapping[str, click.Command]]] = [
-            ("Methods by what they do", self._verbs()),
-            ("Recipes and results", self.commands),
-        ]
-        for title, commands in sections:
+        titles: list[tuple[str, Mapping[str, click.Command]]] = [("Make a model", self._verbs())]
+        for title, names in SECTIONS.items():
+            titles.append((title, {name: self.commands[name] for name in names}))
+        for title, commands in titles:
             with formatter.section(title):
-                formatter.write_dl([(name, command.get_short_help_str(90)) for name, command in commands.items()])
+                formatter.write_dl([(name, _short(command)) for name, command in commands.items()])
 
 
-@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+SECTIONS = {
+    "Run recipes": ("run", "validate", "recipes"),
+    "Look at models": ("evaluate", "inspect", "diff", "verify"),
+    "Find out": ("methods", "advise", "env", "completion"),
+}
+
+
+def _short(command: click.Command) -> str:
+    """Return a command's help up to its first colon or full stop."""
+    return re.split(r"[.:;](\s|$)", first_line(command.help))[0] + "."
+
+
+@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="lfm")
 def root() -> None:
     """Learn from models: checkpoints in, a better checkpoint out.
@@ -47,10 +59,11 @@ def root() -> None:
     lfm merge ties A B --base C -o out    one step
     lfm run recipe.yaml                   many
     lfm advise --data none                what can be done with what you have
+    lfm COMMAND --help                    all about a command
     """
 
 
-@root.command()
+@root.command(cls=options.Grouped)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @options.run_options
 @options.settings_options
@@ -63,7 +76,7 @@ def run(recipe: Path, out: Path | None, overwrite: bool, dry_run: bool, json_: b
     run_and_tell(found, options.settings_from(**how), out, overwrite=overwrite, dry_run=dry_run, json_=json_)
 
 
-@root.command()
+@root.command(cls=options.Grouped)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
 @click.pass_context
@@ -72,9 +85,9 @@ def validate(ctx: click.Context, recipe: Path, json_: bool) -> None:
     from lfm.recipe.schema import load_recipe
     from lfm.recipe.step import Settings
 
-    problems: list[str] = []
+    path = find_recipe(recipe)
     try:
-        found = load_recipe(find_recipe(recipe))
+        found = load_recipe(path)
         from lfm.recipe.execute import plan
 
         problems = plan(found, Settings(quiet=True)).problems
@@ -82,26 +95,26 @@ def validate(ctx: click.Context, recipe: Path, json_: bool) -> None:
         problems = list(error.problems)
     if json_:
         _print.as_json({"recipe": str(recipe), "problems": problems})
-    elif problems:
-        click.echo("\n".join(problems))
     else:
-        click.echo(f"{recipe}: no problems")
+        click.echo("\n".join(problems) or f"{recipe}: no problems")
     if problems:
         ctx.exit(1)
 
 
-@root.command()
+@root.command(cls=options.Grouped)
 @click.argument("verb", required=False)
-@click.argument("name", required=False)
+@click.argument("name", metavar="[METHOD]", required=False)
 @click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
 def methods(verb: str | None, name: str | None, json_: bool) -> None:
-    """List the methods, those of a verb, or all about one."""
-    if verb and name:
-        _tell_method(card(verb, name), json_)
+    """List the methods, those of a verb, or all about one: `lfm methods`, `lfm methods merge`, `lfm methods ties`."""
+    named = [item for item in cards().values() if verb not in verbs() and name is None and item.name == verb]
+    if len(named) == 1 or (verb and name):
+        _tell_method(named[0] if named else card(str(verb), str(name)), json_)
         return
-    if verb and verb not in verbs():
-        card(verb, "")  # raises, with the nearest verb
-    chosen = [item for item in cards().values() if verb in (None, item.verb.name)]
+    if verb and verb not in verbs() and not named:
+        known = [*verbs(), *(item.name for item in cards().values())]
+        raise RequestError(f"unknown verb or method {verb!r}{did_you_mean(verb, known)} (`lfm methods` lists them)")
+    chosen = named or [item for item in cards().values() if verb in (None, item.verb.name)]
     if json_:
         _print.as_json([_card_json(item) for item in chosen])
     else:
@@ -145,11 +158,20 @@ def _tell_method(item: Card, json_: bool) -> None:
     _print.table(["parameter", "default", "meaning"], rows)
 
 
-def _needs_in_words(item: Card) -> list[str]:
-    return item.needs.missing(Have(Access.LABELS, Data.NONE, trains=False, sources=0, base=False)) or ["nothing"]
+def _needs_in_words(item: Card) -> Iterator[str]:
+    """Yield what a method asks for, in the words of `lfm advise`."""
+    needs = item.needs
+    yield number_of_models(*needs.sources)
+    yield f"{needs.access.name.lower()} of the models"
+    yield f"{needs.data.name.lower()} data" if needs.data else "no data"
+    yield "training" if needs.trains else "no training"
+    yield from (text for wanted, text in ((needs.base, "the base"), (needs.extras, ", ".join(needs.extras))) if wanted)
+    if needs.same_architecture or needs.same_tokenizer:
+        same = ["architecture"] * needs.same_architecture + ["tokenizer"] * needs.same_tokenizer
+        yield f"one {' and '.join(same)}"
 
 
-@root.command()
+@root.command(cls=options.Grouped)
 @click.option(
     "--access",
     default="weights",
@@ -169,8 +191,16 @@ def _needs_in_words(item: Card) -> list[str]:
 @click.option(
     "--base/--no-base", default=True, show_default=True, help="Whether you have the model they were tuned from."
 )
-@click.option("--same-architecture/--different-architectures", default=True, show_default=True)
-@click.option("--same-tokenizer/--different-tokenizers", default=True, show_default=True)
+@click.option(
+    "--same-architecture/--different-architectures",
+    default=True,
+    help="Whether the models have one architecture.  [default: same]",
+)
+@click.option(
+    "--same-tokenizer/--different-tokenizers",
+    default=True,
+    help="Whether the models have one tokenizer.  [default: same]",
+)
 @click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
 def advise(access: str, data: str, train: bool, sources: int, base: bool, json_: bool, **same: bool) -> None:
     """Say which methods can be run with the access and the data that you have, and why the others cannot."""
@@ -188,8 +218,8 @@ def advise(access: str, data: str, train: bool, sources: int, base: bool, json_:
     _print.table(["", "verb", "method", "why"], rows)
 
 
-@root.command()
-@click.argument("models", nargs=-1, required=True)
+@root.command(cls=options.Grouped)
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--digest", is_flag=True, help="Compute content digests (reads the weights).")
 @click.option("--allow-pickle", is_flag=True, help="Read PyTorch pickle weights (tensors only).")
@@ -205,7 +235,7 @@ def inspect(models: tuple[str, ...], tensors: bool, digest: bool, allow_pickle: 
         tell(found)
 
 
-@root.command()
+@root.command(cls=options.Grouped)
 @click.argument("before")
 @click.argument("after")
 @click.option("--allow-pickle", is_flag=True, help="Read PyTorch pickle weights (tensors only).")
@@ -219,7 +249,7 @@ def diff(ctx: click.Context, before: str, after: str, allow_pickle: bool, json_:
         ctx.exit(1)
 
 
-@root.command()
+@root.command(cls=options.Grouped)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
 @click.pass_context
@@ -231,12 +261,14 @@ def verify(ctx: click.Context, folder: Path, json_: bool) -> None:
         ctx.exit(1)
 
 
-@root.command()
-@click.argument("models", nargs=-1, required=True)
+@root.command(cls=options.Grouped)
+@click.argument("models", nargs=-1, metavar="MODEL...")
 @options.measure_options
 @click.option("--baseline", help="The model that others are compared with; the first if left out.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for report.html and results.json.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of everything random.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Folder for report.html and results.json."
+)
+@options.seed_option
 @click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
 @options.settings_options
 def evaluate(
@@ -254,10 +286,12 @@ def evaluate(
     from lfm.cli._run import measure_and_tell
 
     measures = options.measures_from(accuracy, perplexity, drift)
-    if not measures:
-        raise RequestError("what to measure? pass --accuracy DATA, --perplexity DATA or --drift DATA")
+    problems = [] if models else ["which models? name them: `lfm evaluate A B --perplexity text.txt`"]
+    problems += [] if measures else ["what to measure? pass --accuracy DATA, --perplexity DATA or --drift DATA"]
+    if problems:
+        raise RequestError(*problems)
     if baseline:
-        measures["baseline"] = Path(baseline).name
+        measures["baseline"] = baseline
     measure_and_tell(
         [options.inline(model) for model in models], measures, options.settings_from(**how), out, seed, json_
     )
@@ -277,7 +311,14 @@ def shipped() -> dict[str, Path]:
 
 def find_recipe(path: Path) -> Path:
     """Return a recipe's file: the path itself, or a shipped recipe of that name."""
-    return path if path.exists() or path.suffix else shipped().get(str(path), path)
+    if path.is_file() or (path.suffix and path.exists()):
+        return path
+    if str(path) in shipped():
+        return shipped()[str(path)]
+    here = [str(file) for file in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
+    raise RequestError(
+        f"{path}: no such recipe, here or among the shipped{did_you_mean(str(path), [*here, *shipped()])}"
+    )
 
 
 @recipes.command("ls")
@@ -292,10 +333,8 @@ def list_recipes(json_: bool) -> None:
 
 
 def _shipped(name: str) -> Path:
-    from lfm.errors import did_you_mean
-
     if name not in shipped():
-        raise RequestError(f"no shipped recipe {name!r}{did_you_mean(name, shipped())}; `lfm recipes ls` lists them")
+        raise RequestError(f"no shipped recipe {name!r}{did_you_mean(name, shipped())} (`lfm recipes ls` lists them)")
     return shipped()[name]
 
 
@@ -328,7 +367,7 @@ def recipe_schema() -> None:
     _print.as_json(json_schema())
 
 
-@root.command()
+@root.command(cls=options.Grouped)
 @click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
 def env(json_: bool) -> None:
     """Print versions, devices and folders, for bug reports."""

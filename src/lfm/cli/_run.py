@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lfm.cli import _print
-from lfm.errors import RequestError
+from lfm.errors import LfmError, RequestError
 from lfm.recipe.schema import Recipe, Step
 from lfm.recipe.step import Settings
 
@@ -20,10 +20,10 @@ def run_and_tell(
     recipe: Recipe, settings: Settings, out: Path | None, *, overwrite: bool, dry_run: bool, json_: bool
 ) -> None:
     """Run (or plan) a recipe and print what came of it."""
-    from lfm.recipe.execute import execute, plan
+    from lfm.recipe.execute import execute, prepare
 
     if dry_run:
-        made = plan(recipe, settings, out)
+        made = prepare(recipe, settings, out, overwrite=overwrite)
         _tell_plan(made, json_)
         if made.problems:
             raise RequestError(*made.problems)
@@ -31,9 +31,8 @@ def run_and_tell(
     runs, catalogue = execute(recipe, settings, out, overwrite=overwrite)
     from lfm.recipe.summary import evaluate, report, table_rows, tables
 
-    folder = runs[0].folder if recipe.single and runs else catalogue.out
     measured = evaluate(recipe, catalogue)
-    report(recipe, runs, catalogue, measured, folder)
+    page = report(recipe, runs, catalogue, measured, catalogue.out)
     for note in (*(note for run in runs for note in run.lineage["notes"]), *(measured.notes if measured else ())):
         click.echo(f"note: {note}", err=True)
     made_tables = list(tables(measured)) if measured else []
@@ -42,7 +41,8 @@ def run_and_tell(
             {"step": run.step.name, "folder": str(run.folder), "skipped": run.skipped, "lineage": run.lineage}
             for run in runs
         ]
-        _print.as_json({"out": str(folder), "steps": steps, "tables": [table_rows(table) for table in made_tables]})
+        told = [table_rows(table) for table in made_tables]
+        _print.as_json({"out": str(catalogue.out), "steps": steps, "tables": told})
         return
     for run in runs:
         done = "done before" if run.skipped else f"{run.lineage['seconds']:.1f} s"
@@ -50,7 +50,7 @@ def run_and_tell(
     for table in made_tables:
         click.echo()
         _tell_table(table)
-    click.echo(f"\nreport: {folder / 'report.html'}")
+    click.echo(f"\nreport: {page}")
 
 
 def _tell_table(table: Any) -> None:
@@ -65,22 +65,22 @@ def _tell_table(table: Any) -> None:
 
 
 def _tell_plan(made: RunPlan, json_: bool) -> None:
+    notes = [f"{step.name}: {note}" for step, found in made.steps for note in (found.notes if found else ())]
     if json_:
         steps = [
             {"step": step.name, "method": _called(step)}
             | ({key: getattr(found, key) for key in ("reads", "writes", "memory", "notes")} if found else {})
             for step, found in made.steps
         ]
-        _print.as_json({"steps": steps, "problems": made.problems})
-        return
-    rows = []
-    for step, found in made.steps:
-        sizes = (found.reads, found.writes, found.memory) if found else ()
-        rows.append([step.name, _called(step), *(_print.size(count) for count in sizes), *([] if found else "???")])
-    _print.table(["step", "method", "reads", "writes", "memory"], rows, numbers=(2, 3, 4))
-    for step, found in made.steps:
-        for note in found.notes if found else ():
-            click.echo(f"note: {step.name}: {note}", err=True)
+        _print.as_json({"steps": steps, "problems": made.problems, "notes": made.notes})
+    else:
+        rows = []
+        for step, found in made.steps:
+            sizes = [_print.size(count) for count in (found.reads, found.writes, found.memory)] if found else ["?"] * 3
+            rows.append([step.name, _called(step), *sizes])
+        _print.table(["step", "method", "reads", "writes", "memory"], rows, numbers=(2, 3, 4))
+    for note in (*notes, *made.notes):
+        click.echo(f"note: {note}", err=True)
 
 
 def _called(step: Step) -> str:
@@ -94,7 +94,7 @@ def measure_and_tell(
     from lfm.api import measure_models
     from lfm.recipe.summary import report, table_rows, tables
 
-    recipe, catalogue, measured = measure_models(models, measures, settings, seed)
+    recipe, catalogue, measured = measure_models(models, measures, settings, seed, options={})
     for note in measured.notes:
         click.echo(f"note: {note}", err=True)
     found = list(tables(measured))
@@ -104,6 +104,7 @@ def measure_and_tell(
         for index, table in enumerate(found):
             click.echo("\n" if index else "", nl=False)
             _tell_table(table)
+    if not found:
+        raise LfmError("nothing could be measured (see the notes above)")
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         report(recipe, [], catalogue, measured, out)

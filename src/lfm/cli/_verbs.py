@@ -39,25 +39,57 @@ class VerbGroup(Suggesting):
         return None if card is None else method_command(card)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        methods = methods_of(self._verb.name)
         with formatter.section("Methods"):
-            formatter.write_dl([(name, card.summary) for name, card in methods_of(self._verb.name).items()])
+            formatter.write_dl([(name, card.summary) for name, card in methods.items()])
+        with formatter.section("Examples"):
+            for line in (_example(card) for card in list(methods.values())[:3]):
+                formatter.write_text(line)
+            formatter.write_text(f"lfm {self._verb.name} METHOD --help")
+
+
+class MethodCommand(options.Grouped):
+    """The command of one method."""
+
+    def __init__(self, card: Card, made: click.Command) -> None:
+        fields = list(options.field_params(card.verb.inputs, card.parameters))
+        super().__init__(
+            card.name,
+            help=_rewrapped(card.doc) + (f"\n\nPaper: {card.paper}" if card.paper else ""),
+            short_help=card.summary,
+            callback=made.callback,
+            params=[*fields, *made.params],
+        )
+        self._example = _example(card)
+        inputs = card.verb.inputs.model_fields
+        self.arguments = {name: field.description or "" for name, field in inputs.items() if options.is_argument(field)}
+        self.headings = {
+            "Models and data": list(inputs),
+            "Method": list(card.parameters.model_fields),
+            **options.HEADINGS,
+        }
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Example"):
+            formatter.write_text(self._example)
+
+
+def _example(card: Card) -> str:
+    return options.example(card.verb.inputs, f"{card.verb.name} {card.name}", card.needs.base)
 
 
 def method_command(card: Card) -> click.Command:
     """Return the command that runs one method."""
-    paper = f"\n\nPaper: {card.paper}" if card.paper else ""
 
     @options.settings_options
     @options.measure_options
     @options.run_options
-    @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of everything random.")
+    @options.seed_option
     @click.option("--print-recipe", is_flag=True, help="Print the recipe of this command and do nothing.")
     def command(**values: Any) -> None:
         _run(card, values)
 
-    made = click.command(card.name, help=_rewrapped(card.doc) + paper, short_help=card.summary)(command)
-    made.params = [*options.field_params(card.verb.inputs, card.parameters), *made.params]
-    return made
+    return MethodCommand(card, click.command()(command))
 
 
 def _rewrapped(doc: str) -> str:
@@ -74,14 +106,13 @@ def _run(card: Card, values: dict[str, Any]) -> None:
     out, overwrite, dry_run, json_, seed, print_recipe = (
         values.pop(name) for name in ("out", "overwrite", "dry_run", "json_", "seed", "print_recipe")
     )
-    problems = ["where to? pass -o FOLDER"] if out is None and not print_recipe else []
+    names = options.option_names(card.verb.inputs, card.parameters)
     try:
         given = options.given_values(values)
-        recipe = one_step(card.verb.name, card.name, given, out=out or "out", seed=seed, evaluate=measures)
+        recipe = one_step(card.verb.name, card.name, given, out=out, seed=seed, evaluate=measures, options=names)
     except RequestError as error:
-        raise RequestError(*error.problems, *problems) from None
-    if problems:
-        raise RequestError(*problems)
+        missing = ["where to? pass -o FOLDER"] if out is None and not print_recipe else []
+        raise RequestError(*error.problems, *missing) from None
     if print_recipe:
         click.echo(recipe.text, nl=False)
         return

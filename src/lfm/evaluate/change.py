@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from lfm.checkpoint import Weights
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 
 
 def group_of(name: str) -> str:
@@ -25,10 +25,10 @@ def relative_change(base: Weights, other: Weights) -> dict[str, float]:
             continue
         moved = size = 0.0
         for start, part in base.chunks(name, CHUNK):
-            before = part.double()
-            after = other.read(name, start, start + len(part)).double()
-            moved += float(((after - before) ** 2).sum())
-            size += float((before**2).sum())
+            before = part.float()
+            difference = other.read(name, start, start + len(part)).float().sub_(before)
+            moved += float(difference.dot(difference))
+            size += float(before.dot(before))
         for group in (group_of(name), "all"):
             total = sums.setdefault(group, [0.0, 0.0])
             total[0] += moved

@@ -5,6 +5,7 @@ Each measure takes a handle and needs no more of it than its interface gives: pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,11 +124,20 @@ def batches(examples: Examples, size: int) -> Iterator[Batch]:
         yield examples.batch(range(start, min(start + size, len(examples))))
 
 
+def _log_probs(model: Model, batch: Batch) -> torch.Tensor:
+    log_probs = model.log_probs(batch).cpu()
+    if log_probs.isnan().any():
+        raise RequestError("its probabilities are not numbers (NaN); its weights are broken")
+    return log_probs
+
+
 def _classify(measured: Measured, name: str, data: str, model: Model, examples: Examples, spec: Evaluate) -> None:
     """Accuracy, negative log-likelihood, calibration error."""
+    if not model.task.endswith("classification"):
+        raise RequestError(f"accuracy takes a classifier, and this is a {model.task} model")
     correct, confidence, nll = [], [], []
     for batch in batches(examples, spec.batch_size):
-        log_probs = model.log_probs(batch).cpu()
+        log_probs = _log_probs(model, batch)
         top = log_probs.max(-1)
         correct.append(top.indices == batch["labels"])
         confidence.append(top.values.exp())
@@ -140,9 +150,11 @@ def _classify(measured: Measured, name: str, data: str, model: Model, examples: 
 
 def _predict_text(measured: Measured, name: str, data: str, model: Model, examples: Examples, spec: Evaluate) -> None:
     """Perplexity per token and per character. The former compares models with one tokenizer, the latter any models."""
+    if model.task != "causal-lm":
+        raise RequestError(f"perplexity takes a causal-lm model, and this is a {model.task} model")
     sums, counts = [], []
     for batch in batches(examples, max(1, spec.batch_size // 4)):
-        log_probs, labels = _per_token(model.log_probs(batch).cpu(), batch, model)
+        log_probs, labels = _log_probs(model, batch)[:, :-1], batch["labels"][:, 1:]
         picked = -log_probs.gather(-1, labels.clamp_min(0)[..., None])[..., 0] * (labels != IGNORE)
         sums.append(picked.double().sum(-1))
         counts.append((labels != IGNORE).double().sum(-1))
@@ -156,25 +168,32 @@ def _predict_text(measured: Measured, name: str, data: str, model: Model, exampl
         measured.add(name, "perplexity", data, "lower", "per character", exponential(per_character))
 
 
-def _per_token(values: torch.Tensor, batch: Batch, model: Model) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return values and labels of the tokens that are predicted, (batch, length, ...)."""
-    labels = batch["labels"]
-    return (values[:, :-1], labels[:, 1:]) if model.task == "causal-lm" else (values, labels)
+def _check_comparable(baseline: Model, model: Model) -> None:
+    """Refuse models whose outputs do not stand for the same things, whatever their shapes."""
+    if model.task != baseline.task:
+        raise RequestError(f"is a {model.task} model, the baseline {baseline.label} is a {baseline.task} model")
+    ours, theirs = model.encoder, baseline.encoder
+    if (ours.classes or {}) != (theirs.classes or {}):
+        raise RequestError(f"its classes are not those of the baseline {baseline.label}")
+    if (ours.tokenizer and ours.tokenizer.get_vocab()) != (theirs.tokenizer and theirs.tokenizer.get_vocab()):
+        raise RequestError(f"its tokenizer is not that of the baseline {baseline.label}")
 
 
 def _drift_from(baseline: Model) -> Look:
     """KL divergence from the baseline's distribution to the model's, and how often both choose the same."""
 
     def look(measured: Measured, name: str, data: str, model: Model, examples: Examples, spec: Evaluate) -> None:
+        _check_comparable(baseline, model)
         divergences, agreed = [], []
         for batch in batches(examples, max(1, spec.batch_size // 4)):
-            before, labels = targets(baseline.log_probs(batch).cpu(), batch["labels"], model.task)
-            after, _ = targets(model.log_probs(batch).cpu(), batch["labels"], model.task)
+            before, labels = targets(_log_probs(baseline, batch), batch["labels"], model.task)
+            after, _ = targets(_log_probs(model, batch), batch["labels"], model.task)
             if before.shape != after.shape:
                 raise RequestError(f"its {after.shape[-1]} classes are not the baseline's {before.shape[-1]}")
             before, after = before[labels != IGNORE], after[labels != IGNORE]
-            # A class that neither gives any probability has two infinite logarithms, and adds nothing.
-            divergences.append((before.exp() * (before - after)).nan_to_num(nan=0.0).sum(-1).double())
+            terms = before.exp() * (before - after)
+            # What the baseline gives no probability adds nothing, though its logarithm is infinite.
+            divergences.append(terms.masked_fill(before == -math.inf, 0.0).sum(-1).double())
             agreed.append(before.argmax(-1) == after.argmax(-1))
         same = torch.cat(agreed)
         measured.add(name, "KL from baseline", data, "none", "nats", mean(torch.cat(divergences).numpy()))

@@ -35,6 +35,20 @@ class Examples(ABC):
         return None
 
 
+class Tokens(Examples):
+    """Examples made of token ids."""
+
+    _ids: list[torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(map(len, self._ids))
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Turns rows into a model's tensors: its tokenizer or its image format, and its classes."""
@@ -43,6 +57,8 @@ class Encoder:
     tokenizer: Any = None
     image: ImageSpec | None = None
     classes: Mapping[str, int] | None = None  # label as text -> class index
+    context: int | None = None  # tokens that the model takes at most, where it says so
+    pad: int = 0  # id behind shorter texts
 
     def encode(self, rows: Rows, length: int, *, packed: bool = False) -> Examples:
         """Return the rows as examples for this model, texts cut to `length` tokens (`packed`: see Windows).
@@ -51,12 +67,21 @@ class Encoder:
         """
         if self.task == "image-classification":
             return Images(rows, self._spec(), self._labels(rows))
+        examples = self._tokens(rows, length, packed)
+        if self.context is not None and examples.longest > self.context:
+            raise RequestError(
+                f"{rows.origin}: has texts of {examples.longest} tokens, and the model takes {self.context}; "
+                f"set `length` to {self.context} or less"
+            )
+        return examples
+
+    def _tokens(self, rows: Rows, length: int, packed: bool) -> Tokens:
         if self.tokenizer is None:
             raise RequestError(
                 f"{rows.origin}: text needs a tokenizer, and the model has none; name one (`tokenizer:`)"
             )
         if self.task == "text-classification":
-            return Texts(rows, self.tokenizer, length, self._labels(rows))
+            return Texts(rows, self.tokenizer, length, self._labels(rows), self.pad)
         if rows.kind == "instruction":
             return Answers(rows, self.tokenizer, length)
         if "text" in rows.columns:
@@ -69,7 +94,7 @@ class Encoder:
         return self.image
 
     def _labels(self, rows: Rows) -> torch.Tensor:
-        if "label" not in rows.columns:
+        if not {"label", "image" if self.image else "text"} <= rows.columns.keys():
             raise _does_not_fit(rows, self.task)
         names = [_plain(label) for label in rows.columns["label"]]
         known = self.classes or {}
@@ -108,8 +133,8 @@ def class_names(rows: Rows) -> dict[str, int]:
     return {_plain(label): index for index, label in enumerate(rows.classes)}
 
 
-class Windows(Examples):
-    """Text cut into windows of `length` predictions, overlapping by one token: all but the first are predicted once.
+class Windows(Tokens):
+    """Text cut into windows of `length` tokens that overlap by one: every token but the first is predicted once.
 
     Rows that neighbour in one file are joined as they were there. Other rows are documents of their own: `packed` puts
     them one behind the other, for training; otherwise no window holds parts of two, for measuring.
@@ -118,25 +143,24 @@ class Windows(Examples):
     def __init__(self, rows: Rows, tokenizer: Any, length: int, packed: bool) -> None:
         texts = [str(text) for text in rows.columns["text"]]
         documents = [rows.joined.join(texts)] if rows.joined is not None else texts
-        streams = [torch.tensor(ids) for ids in tokenizer(documents, verbose=False)["input_ids"]]
+        encoded = tokenizer(documents, verbose=False)["input_ids"]
+        streams = [torch.tensor(ids, dtype=torch.long) for ids in encoded]
         if packed:
             streams = [torch.cat([_delimited(stream, tokenizer) for stream in streams])]
-        self._windows = [
-            stream[start : start + length + 1] for stream in streams for start in range(0, len(stream) - 1, length)
+        step = length - 1
+        self._ids = [
+            stream[start : start + length] for stream in streams for start in range(0, len(stream) - 1, step)
         ]
-        if not self._windows:
+        if not self._ids:
             raise RequestError(f"{rows.origin}: no text of two tokens or more, which a prediction takes")
         self._characters = sum(map(len, documents))
-
-    def __len__(self) -> int:
-        return len(self._windows)
 
     @property
     def characters(self) -> int:
         return self._characters
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        windows = [self._windows[i] for i in indices]
+        windows = [self._ids[i] for i in indices]
         return _padded(windows, windows)
 
 
@@ -144,10 +168,10 @@ def _delimited(ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
     """Mark the end of a document, unless the tokenizer marks its beginning already."""
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     marked = len(ids) and (int(ids[0]) == begin or int(ids[-1]) == end)
-    return ids if marked or end is None else torch.cat([ids.long(), torch.tensor([end])])
+    return ids if marked or end is None else torch.cat([ids, torch.tensor([end])])
 
 
-class Answers(Examples):
+class Answers(Tokens):
     """Prompts with completions; the loss is on the completion, and on the end-of-text token behind it, alone."""
 
     def __init__(self, rows: Rows, tokenizer: Any, length: int) -> None:
@@ -156,35 +180,38 @@ class Answers(Examples):
         answers = tokenizer(completions, add_special_tokens=False, verbose=False)["input_ids"]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._ids, self._labels = [], []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            # Room for the answer comes first: a prompt is cut from its beginning, an answer not at all if it fits.
-            answer = (answer + end)[:length]
-            prompt = prompt[max(0, len(prompt) + len(answer) - length - 1) :]
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            # Room for the answer comes first: of a prompt that is too long the end is kept, one token at least.
+            prompt, answer = _ended(prompt, tokenizer.eos_token_id), (answer + end)[: length - 1]
+            prompt = prompt[max(0, len(prompt) + len(answer) - length) :]
+            if not prompt or not answer:
+                raise RequestError(f"{rows.where(row)}: has no {'completion' if prompt else 'prompt'} to learn from")
             self._ids.append(torch.tensor(prompt + answer))
             self._labels.append(torch.tensor([IGNORE] * len(prompt) + answer))
-
-    def __len__(self) -> int:
-        return len(self._ids)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         return _padded([self._ids[i] for i in indices], [self._labels[i] for i in indices])
 
 
-class Texts(Examples):
+def _ended(prompt: list[int], end: int | None) -> list[int]:
+    """Take off the end-of-text token that some tokenizers put behind every text: the answer is still to come."""
+    return prompt[:-1] if len(prompt) > 1 and prompt[-1] == end else prompt
+
+
+class Texts(Tokens):
     """Labelled texts, cut to `length` tokens."""
 
-    def __init__(self, rows: Rows, tokenizer: Any, length: int, labels: torch.Tensor) -> None:
+    def __init__(self, rows: Rows, tokenizer: Any, length: int, labels: torch.Tensor, pad: int) -> None:
         texts = [str(text) for text in rows.columns["text"]]
         encoded = tokenizer(texts, truncation=True, max_length=length, verbose=False)["input_ids"]
-        self._ids = [torch.tensor(ids, dtype=torch.long) for ids in encoded]
+        # A text without a token is one padding token: a model must be given something to look at.
+        self._ids = [torch.tensor(ids or [pad], dtype=torch.long) for ids in encoded]
         self._classes = labels
-
-    def __len__(self) -> int:
-        return len(self._ids)
+        self._pad = pad
 
     def batch(self, indices: Sequence[int]) -> Batch:
         ids = [self._ids[i] for i in indices]
-        return {**_padded(ids, ids), "labels": self._classes[list(indices)]}
+        return {**_padded(ids, ids, self._pad), "labels": self._classes[list(indices)]}
 
 
 class Images(Examples):
@@ -227,15 +254,18 @@ class Images(Examples):
         return torch.tensor(self._spec.std).view(-1, 1, 1)
 
 
-def _padded(ids: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> Batch:
-    """Pad on the right. The id used for padding is never attended to and never predicted, so any will do."""
-    pad = torch.nn.utils.rnn.pad_sequence
+def _padded(ids: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], pad: int = 0) -> Batch:
+    """Pad on the right, where nothing is attended to or predicted.
+
+    The id matters to classifiers alone: those that look at the last token find it as the last that is not `pad`.
+    """
+    fill = torch.nn.utils.rnn.pad_sequence
     lengths = torch.tensor([len(item) for item in ids])
-    padded = pad(list(ids), batch_first=True)
+    padded = fill(list(ids), batch_first=True, padding_value=pad)
     return {
         "input_ids": padded,
         "attention_mask": (torch.arange(padded.shape[1]) < lengths[:, None]).long(),
-        "labels": pad(list(labels), batch_first=True, padding_value=IGNORE),
+        "labels": fill(list(labels), batch_first=True, padding_value=IGNORE),
     }
 
 

@@ -33,7 +33,7 @@ class Model:
     So a method that runs on a handle of some level is thereby shown to need no more than that.
     """
 
-    __slots__ = ("__backend", "access", "encoder", "label", "task")
+    __slots__ = ("__access", "__backend", "encoder", "label", "task")
 
     def __init__(self, backend: Backend, access: Access, task: Task, encoder: Encoder, label: str) -> None:
         if access > backend.offers:
@@ -41,10 +41,15 @@ class Model:
                 f"{label}: offers {backend.offers.name.lower()}, cannot be opened as {access.name.lower()}"
             )
         self.__backend = backend
-        self.access = access
+        self.__access = access
         self.task = task
         self.encoder = encoder
         self.label = label
+
+    @property
+    def access(self) -> Access:
+        """What this handle offers."""
+        return self.__access
 
     def restrict(self, access: Access) -> Model:
         """Return a handle on the same model that offers no more than `access`."""

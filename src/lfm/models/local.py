@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lfm.checkpoint import (
     Checkpoint,
@@ -55,13 +56,13 @@ class LocalBackend:
         self.module = module
         self._tokenizer = tokenizer
 
-    @cached_property
+    @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
     def logits(self, batch: Batch) -> torch.Tensor:
         self.module.eval()
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: a student may learn from what comes out
             inputs = {name: value.to(self.device) for name, value in inputs_of(batch).items()}
             return forward(self.module, inputs).float()
 
@@ -69,11 +70,14 @@ class LocalBackend:
         if self._tokenizer is None or not hasattr(self.module, "generate"):
             raise RequestError("this model does not write text")
         self.module.eval()
+        generate: Any = self.module.generate
         answers = []
         for prompt in prompts:
-            ids = self._tokenizer(prompt, return_tensors="pt")["input_ids"].to(self.device)
-            generate: Any = self.module.generate
-            with torch.inference_mode():
+            ids = torch.tensor([self._tokenizer(prompt, verbose=False)["input_ids"]], dtype=torch.long)
+            if not ids.numel():
+                raise RequestError("an empty prompt is nothing to go on from: the tokenizer marks no beginning")
+            ids = ids.to(self.device)
+            with torch.inference_mode(), _quiet_transformers():
                 made = generate(
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
                 )
@@ -83,7 +87,7 @@ class LocalBackend:
 
 def forward(module: nn.Module, inputs: Batch) -> torch.Tensor:
     """Return a module's logits: a transformers model takes named inputs, a plain module its one input."""
-    if hasattr(module, "config"):
+    if hasattr(module, "save_pretrained"):
         logits: torch.Tensor = module(**inputs).logits
         return logits
     made = module(next(iter(inputs.values())))
@@ -116,8 +120,8 @@ def load_model(
         module, task, encoder = _transformers_model(ref, task or ref.task, classes, new_head, seed, allow_pickle)
     try:
         module = module.float().eval().to(device)
-    except RuntimeError as error:
-        raise RequestError(f"{ref.label}: cannot be moved to {device}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        raise RequestError(f"{ref.label}: cannot be moved to {device}: {_first_line(error)}") from None
     return Model(LocalBackend(module, encoder.tokenizer), access, task, encoder, ref.label)
 
 
@@ -157,23 +161,69 @@ def _transformers_model(
         config, own = _with_classes(config, task, classes, new_head, ref, checkpoint)
     else:
         own = None
+    folder = checkpoint.folder if checkpoint else None
+    tokenizer = _tokenizer(ref, folder, task)
+    if task == "text-classification" and config.pad_token_id is None:
+        # A decoder that classifies looks at the last token, which it finds by what padding is made of.
+        ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+        config.pad_token_id = next((found for found in ids if found is not None), 0)
+    module = _made(ref, task, config, checkpoint, new_head, seed)
+    image = (ref.image or _image_spec(config, folder)) if task == "image-classification" else None
+    context = getattr(config, "max_position_embeddings", None)
+    pad = getattr(config, "pad_token_id", None)
+    return module, task, Encoder(task, tokenizer, image, own, context, pad or 0)
+
+
+def _made(
+    ref: ModelRef, task: Task, config: Any, checkpoint: Checkpoint | None, new_head: bool, seed: int
+) -> nn.Module:
+    """Make the module of a config and fill it with the weights of a checkpoint, if there is one."""
     cls = _auto_class(task)
+    report: dict[str, Any] = {}
     with _seeded(seed), _quiet_transformers():
         try:
             if checkpoint is None:
-                module = cls.from_config(config)
-            elif isinstance(checkpoint.weights, (Patched, MemoryWeights)):
-                tensors = {name: checkpoint.tensor(name) for name in checkpoint.specs}
-                module = cls.from_pretrained(None, config=config, state_dict=tensors, ignore_mismatched_sizes=new_head)
+                module: nn.Module = cls.from_config(config)
             else:
-                module = cls.from_pretrained(checkpoint.folder, config=config, ignore_mismatched_sizes=new_head)
+                options = {"config": config, "ignore_mismatched_sizes": new_head, "output_loading_info": True}
+                if isinstance(checkpoint.weights, (Patched, MemoryWeights)):
+                    tensors = {name: checkpoint.tensor(name) for name in checkpoint.specs}
+                    with torch.device("meta"):
+                        made = type(cls.from_config(config))  # the Auto classes want a folder
+                    module, report = made.from_pretrained(None, state_dict=tensors, **options)
+                else:
+                    module, report = cls.from_pretrained(checkpoint.folder, **options)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise RequestError(
-                f"{ref.label}: transformers cannot load it: {str(error).strip().splitlines()[0]}"
+                f"{ref.label}: transformers cannot load it: {_first_line(error)}"
             ) from error
-    folder = checkpoint.folder if checkpoint else None
-    image = (ref.image or _image_spec(config, folder)) if task == "image-classification" else None
-    return module, task, Encoder(task, _tokenizer(ref, folder, task), image, own)
+        if checkpoint is not None:
+            _check_filled(module, report, ref, new_head or task not in _trained_for(config))
+            if new_head and task in _trained_for(config):
+                _renew_head(module, config)
+    return module
+
+
+def _check_filled(module: nn.Module, report: Mapping[str, Any], ref: ModelRef, head_is_new: bool) -> None:
+    """Refuse what transformers fills with random numbers without a word, all but the layers of a new head."""
+    drawn = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if head_is_new:
+        found = anatomy(module)
+        drawn = [name for name in drawn if found.block_of(name) is not None or found.depth(name) == 0]
+    if drawn:
+        more = f" and {len(drawn) - 8:,} more" if len(drawn) > 8 else ""
+        raise RequestError(f"{ref.label}: its weights lack {', '.join(drawn[:8])}{more}, or have them in other shapes")
+
+
+def _renew_head(module: nn.Module, config: Any) -> None:
+    """Draw the output layer anew, also where the old one has the same shape."""
+    head = anatomy(module).head
+    layer = module.get_submodule(head) if head else None
+    if not isinstance(layer, nn.Linear):
+        raise RequestError("the model has no single output layer that could be replaced")
+    nn.init.normal_(layer.weight, std=getattr(config, "initializer_range", 0.02))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def _auto_class(task: Task) -> Any:
@@ -214,10 +264,20 @@ def _task(asked: Task | None, config: Any, ref: ModelRef) -> Task:
         for ending, task in ENDINGS.items():
             if name.endswith(ending):
                 return task
+    if getattr(config, "is_encoder_decoder", False):
+        raise RequestError(
+            f"{ref.label}: is an encoder-decoder ({', '.join(config.architectures or [config.model_type])}), "
+            f"which can be merged but neither run nor trained; what can: {', '.join(get_args(Task))}"
+        )
     raise RequestError(
         f"{ref.label}: its config does not say what it is for ({config.architectures or 'no architectures'}); "
         f"give it a task: {', '.join(get_args(Task))}"
     )
+
+
+def _trained_for(config: Any) -> set[Task]:
+    names = config.architectures or ()
+    return {task for name in names for ending, task in ENDINGS.items() if name.endswith(ending)}
 
 
 def _with_classes(
@@ -229,10 +289,7 @@ def _with_classes(
     checkpoint: Checkpoint | None,
 ) -> tuple[Any, Mapping[str, int]]:
     """Return the config with the classes that the model will have: its own, or the given ones with a new head."""
-    trained_for = [
-        ENDINGS.get(ending) for name in config.architectures or () for ending in ENDINGS if name.endswith(ending)
-    ]
-    has_head = checkpoint is not None and task in trained_for
+    has_head = checkpoint is not None and task in _trained_for(config)
     if classes is not None and (new_head or not has_head):
         config.label2id = dict(classes)
         config.id2label = {index: name for name, index in classes.items()}
@@ -257,6 +314,8 @@ def _image_spec(config: Any, folder: Path | None) -> ImageSpec:
         raise RequestError("the size of the model's images is not in its files; give it `image: {size: ...}`")
     neutral = [0.5] * channels
     mean, std = saved.get("image_mean", neutral), saved.get("image_std", neutral)
+    if saved.get("do_normalize") is False:
+        mean, std = [0.0] * channels, [1.0] * channels
     return ImageSpec(size=size, channels=channels, mean=tuple(mean), std=tuple(std))
 
 
@@ -270,14 +329,18 @@ def _tokenizer(ref: ModelRef, folder: Path | None, task: Task) -> Any:
         return byte_tokenizer()
     source = ref.tokenizer or folder
     if source is None or (
-        isinstance(source, Path) and not any(source.glob("*token*")) and not any(source.glob("vocab*"))
+        isinstance(source, Path) and not any(any(source.glob(name)) for name in ("*token*", "vocab*", "*.model"))
     ):
         return None
     try:
         with _quiet_transformers():
             return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{ref.label}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise RequestError(f"{ref.label}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def byte_tokenizer() -> Any:
@@ -301,15 +364,22 @@ def _plain_module(
 ) -> tuple[nn.Module, Task, Encoder]:
     with _seeded(seed):
         module = _build_plain(ref)
+    saved: dict[str, int] = {}
     if ref.ref:
         checkpoint = open_checkpoint(ref.ref, allow_pickle=allow_pickle)
-        tensors = {name: checkpoint.tensor(name) for name in checkpoint.specs}
+        saved = (checkpoint.config or {}).get("label2id", {})
+        # How many batches a norm has seen is counted since torch 0.4.1, and many published weights leave it out.
+        tensors = {name: count for name, count in module.state_dict().items() if name.endswith("num_batches_tracked")}
+        tensors |= {name: checkpoint.tensor(name) for name in checkpoint.specs}
         if not new_head:
             _fit_head(module, tensors)
+        names = set(tensors)
+        _add_counters(module, tensors)
         mismatch = _state_problems(module, tensors)
         if mismatch:
             raise RequestError(f"{ref.label}: does not fit the module of {ref.module}:", *mismatch)
         module.load_state_dict(tensors)
+        _drop_counters(module, names)
     head = anatomy(module).head
     if head is None:
         raise RequestError(f"{ref.label}: no output layer found in the module of {ref.module}")
@@ -317,9 +387,28 @@ def _plain_module(
         with _seeded(seed):
             _replace_head(module, head, len(classes))
     count = _classes(module, head)
-    own = classes if classes is not None and new_head else {str(index): index for index in range(int(count))}
+    own = classes if classes is not None and new_head else saved or {str(index): index for index in range(count)}
     task: Task = ref.task or "image-classification"
     return module, task, Encoder(task, None, ref.image, own)
+
+
+def _counters(module: nn.Module) -> Iterator[tuple[str, _NormBase]]:
+    """Yield the batch norms by the name of their count of batches, which weights from early torch do not have."""
+    for name, part in module.named_modules():
+        if isinstance(part, _NormBase) and part.momentum and part.num_batches_tracked is not None:
+            yield f"{name}.num_batches_tracked".lstrip("."), part
+
+
+def _add_counters(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    for name, _ in _counters(module):
+        tensors.setdefault(name, torch.tensor(0))
+
+
+def _drop_counters(module: nn.Module, names: Set[str]) -> None:
+    """Let batch norms do without a count that was not in the file: what is saved merges with what was loaded."""
+    for name, part in list(_counters(module)):
+        if name not in names:
+            part.num_batches_tracked = None
 
 
 def _fit_head(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -363,6 +452,10 @@ def _build_plain(ref: ModelRef) -> nn.Module:
         raise RequestError(f"module: {place}: {error}") from error
     except AttributeError:
         raise RequestError(f"module: {place} has no {name!r}{did_you_mean(name, vars(found))}") from None
+    try:
+        inspect.signature(build).bind(**ref.arguments)
+    except TypeError as error:
+        raise RequestError(f"module: {ref.module}: {error}; say so under `arguments`") from None
     module = build(**ref.arguments)
     if not isinstance(module, nn.Module):
         raise RequestError(f"module: {ref.module} returned {type(module).__name__}, not a torch module")
@@ -378,7 +471,8 @@ def _state_problems(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> l
         for name, tensor in state.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
-    return problems[:8]
+    rest = len(problems) - 8
+    return problems[:8] + ([f"and {rest:,} more"] if rest > 0 else [])
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
@@ -402,6 +496,10 @@ def save_model(model: Model, folder: OutputFolder, dtype: torch.dtype | None) ->
         folder.copy({path.name: path for path in sorted(draft.glob("*config.json"))})
     else:
         weights = MemoryWeights(unique_tensors(module))
+        classes = dict(model.encoder.classes or {})
+        if classes != {str(index): index for index in range(len(classes))}:
+            names = {str(index): name for name, index in classes.items()}
+            folder.write_json("config.json", {"id2label": names, "label2id": classes})
     writer = folder.tensors(weights.specs)
     for name in weights.specs:
         for _, part in weights.chunks(name, 1 << 20):
@@ -411,7 +509,7 @@ def save_model(model: Model, folder: OutputFolder, dtype: torch.dtype | None) ->
     digest = writer.finish()
     if model.encoder.tokenizer is not None:
         model.encoder.tokenizer.save_pretrained(folder.partial)
-    if model.encoder.image is not None and hasattr(module, "config"):
+    if model.encoder.image is not None and hasattr(module, "save_pretrained"):
         folder.write_json("preprocessor_config.json", _preprocessor(model.encoder.image))
     return digest, writer.digests()
 
@@ -424,8 +522,8 @@ def _preprocessor(image: ImageSpec) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(image.mean),
-        "image_std": list(image.std),
+        "image_mean": [*image.mean] * (image.channels // len(image.mean)),
+        "image_std": [*image.std] * (image.channels // len(image.std)),
     }
 
 

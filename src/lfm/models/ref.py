@@ -20,6 +20,15 @@ class ImageSpec(BaseModel):
     mean: tuple[float, ...] = Field((0.5,), description="Per channel, subtracted from pixels in [0, 1].")
     std: tuple[float, ...] = Field((0.5,), description="Per channel, by which the difference is divided.")
 
+    @model_validator(mode="after")
+    def _one_for_each_channel(self) -> ImageSpec:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channels):
+                raise ValueError(f"{name} has {len(values)} values; give 1 or {self.channels}, one for each channel")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, got {min(self.std)}")
+        return self
+
 
 class ModelRef(BaseModel):
     """A model: one that exists (`ref`), one that is made from a config (`config`), or a plain module's weights.

@@ -2,43 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
 from lfm.errors import RequestError
 
-KINDS = ("map", "seq", "str", "int", "float", "bool", "null", "merge", "value")
-MERGE = "tag:yaml.org,2002:merge"
+TAG = "tag:yaml.org,2002:"
+KINDS: dict[type[yaml.Node], tuple[str, ...]] = {
+    yaml.MappingNode: ("map",),
+    yaml.SequenceNode: ("seq",),
+    yaml.ScalarNode: ("str", "int", "float", "bool", "null"),
+}
 MAX_NODES = 100_000  # aliases can make a small file enormous
 Place = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, to which a date is text."""
+    """PyYAML's safe loader, to which a date is text, and so is `=`."""
 
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":value"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 @dataclass
 class Located:
-    """The content of a YAML file, and the line of every value in it."""
+    """The content of a YAML file, and the line of every value in it; or of a command, and its options by key."""
 
     name: str
     value: Any
     lines: dict[Place, int] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
 
     def where(self, place: Iterable[str | int]) -> str:
         """Return `file:line: dotted.place`, with the line of the nearest enclosing value that has one."""
         place = tuple(place)
         line = next((self.lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in self.lines), None)
-        dotted = ".".join(_printable(str(part)) for part in place)
+        keys = [_printable(str(part)) for part in place]
+        dotted = ".".join([self.options.get(key, key) for key in keys[:1]] + keys[1:])
         return ": ".join(part for part in (self.name if line is None else f"{self.name}:{line}", dotted) if part)
 
 
@@ -91,13 +98,16 @@ class _Reader:
             raise RequestError(f"{self._located.name}: more than {MAX_NODES:,} values, counting every use of an alias")
         line = node.start_mark.line + 1
         self._located.lines.setdefault(place, line)
-        if node.tag.removeprefix("tag:yaml.org,2002:") not in KINDS:
-            raise self._problem(line, f"not valid YAML here: the tag {node.tag!r}")
+        self._check_tag(node, line)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, place)
         if isinstance(node, yaml.SequenceNode):
             return [self.read(item, (*place, index)) for index, item in enumerate(node.value)]
         return self._scalar(node)
+
+    def _check_tag(self, node: yaml.Node, line: int) -> None:
+        if node.tag.removeprefix(TAG) not in KINDS[type(node)]:
+            raise self._problem(line, f"not valid YAML here: the tag {node.tag!r}")
 
     def _problem(self, line: int, text: str) -> RequestError:
         return RequestError(f"{self._located.name}:{line}: {text}")
@@ -119,19 +129,24 @@ class _Reader:
         merged: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            if key_node.tag == MERGE:
+            if key_node.tag == f"{TAG}merge":
                 merged = {**self._merged(value_node, place, line), **merged}
                 continue
-            key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
-            if not isinstance(key, str):
-                written = getattr(key_node, "value", None) if key is not None else None
-                named = "a list or mapping" if isinstance(key_node, yaml.CollectionNode) else repr(written or "null")
-                raise self._problem(line, f"the key {named} is not text; put it in quotes")
+            key = self._key(key_node, line)
             if key in found:
                 raise self._problem(line, f"the key {key!r} stands here twice")
             self._located.lines[(*place, key)] = line
             found[key] = self.read(value_node, (*place, key))
         return {**merged, **found}
+
+    def _key(self, node: yaml.Node, line: int) -> str:
+        if not isinstance(node, yaml.ScalarNode):
+            raise self._problem(line, "a list or mapping cannot be a key; put it in quotes if it is text")
+        self._check_tag(node, line)
+        key = self._scalar(node)
+        if not isinstance(key, str):
+            raise self._problem(line, f"the key {node.value!r} is not text; put it in quotes")
+        return key
 
     def _merged(self, node: yaml.Node, place: Place, line: int) -> dict[str, Any]:
         """Return the keys that `<<:` brings in; of several mappings the first that has a key gives it."""

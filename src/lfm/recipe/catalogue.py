@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lfm.checkpoint import Checkpoint, open_checkpoint
 from lfm.data import DataSpec, Rows, read
@@ -21,21 +22,15 @@ class Catalogue:
         self.seed = recipe.seed
         self.settings = settings
         self._recipe = recipe
-        self._out = out
+        self.out = None if out is None else _expanded(out)
         self._planned: dict[str, Outline] = {}
         self._rows: dict[str, Rows] = {}
         self._checkpoints: dict[str, Checkpoint] = {}
 
-    @property
-    def out(self) -> Path:
-        """The folder of the run."""
-        if self._out is None:
-            raise RequestError("where to? give the recipe an `out`, or pass -o FOLDER")
-        return self._out
-
     def target(self, step: Step) -> Path:
         """Return the folder that a step writes."""
-        return self.out if self._recipe.single else self.out / step.name
+        out = self.out or Path("out")  # a recipe can be planned without one
+        return out if self._recipe.single else out / step.name
 
     def made_by(self, step: Step, outline: Outline) -> None:
         """Note what a step makes, so that later steps can be planned."""
@@ -102,16 +97,50 @@ class Catalogue:
             return self.open(ref).digest
         return hashlib.sha256(dump([found.model_dump(mode="json"), self.seed]).encode()).hexdigest()
 
+    def identity(self, ref: ModelRef) -> dict[str, Any]:
+        """Return everything about a model that can decide what is made of it, but not where it lies."""
+        found = self.resolve(ref)
+        about = found.model_dump(mode="json", exclude={"ref"}, exclude_defaults=True)
+        for named in (str(found.module).rpartition(":")[0], found.config):
+            if isinstance(named, str) and Path(named).is_file():
+                about[f"content of {named}"] = hashlib.sha256(Path(named).read_bytes()).hexdigest()
+        if found.ref is not None:
+            checkpoint = self.open(ref)
+            about["config"] = checkpoint.config
+            for file in checkpoint.side_files:
+                about[f"file {file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        return {**about, "digest": self.digest(ref)}
+
     def names(self) -> Mapping[str, ModelRef]:
         """Return every model that can be measured, by the name that tables give it."""
         if not self._recipe.single:
             return {name: ModelRef(ref=name) for name in (*self._recipe.models, *self._recipe.steps)}
-        refs = [
-            ref for step in self._recipe.steps.values() for _, ref in sorted(step.roles(), key=lambda r: r[0] != "base")
-        ]
-        return {short_name(ref): ref for ref in refs} | {name: ModelRef(ref=name) for name in self._recipe.steps}
+        [step] = self._recipe.steps.values()
+        roles = sorted(step.roles(), key=lambda role: role[0] != "base")
+        return {self.name_of(ref): ref for _, ref in roles} | {step.name: ModelRef(ref=step.name)}
+
+    def name_of(self, ref: ModelRef) -> str:
+        """Return a model's name for tables: that of the recipe, or a short one of its own."""
+        if ref.ref in self._recipe.steps or ref.ref in self._recipe.models:
+            return str(ref.ref)
+        refs = [ref for step in self._recipe.steps.values() for ref in step.models()]
+        return next((name for name, known in short_names(refs).items() if known == ref), ref.label)
 
 
-def short_name(ref: ModelRef) -> str:
-    """Return a model's name for a table: a path's last part."""
-    return Path(ref.label).name if ref.ref else ref.label
+def short_names(refs: Iterable[ModelRef]) -> dict[str, ModelRef]:
+    """Return models by short names, the last part of a path; by the whole path where that is that of another, too."""
+    refs = list(refs)
+    refs = [ref for index, ref in enumerate(refs) if ref not in refs[:index]]
+    short = [Path(ref.label).name or ref.label if ref.ref else ref.label for ref in refs]
+    found: dict[str, ModelRef] = {}
+    for name, ref in zip(short, refs, strict=True):
+        free = name if short.count(name) == 1 else ref.label
+        found[free if free not in found else f"{free} ({len(found) + 1})"] = ref
+    return found
+
+
+def _expanded(folder: Path) -> Path:
+    try:
+        return folder.expanduser()
+    except RuntimeError:  # a user without a home
+        return folder

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lfm.data import DataSpec
 from lfm.errors import RequestError
 from lfm.evaluate.harness import require
 from lfm.recipe.catalogue import Catalogue
-from lfm.recipe.lineage import environment, model_card, parent, read_lineage
+from lfm.recipe.lineage import LINEAGE, ancestors, environment, model_card, parent, read_lineage
 from lfm.recipe.schema import Recipe, Step, dump, in_order
 from lfm.recipe.step import Settings, StepPlan
 
@@ -24,9 +25,10 @@ from lfm.recipe.step import Settings, StepPlan
 class RunPlan:
     """What running a recipe will do; `problems` holds everything that speaks against it."""
 
+    catalogue: Catalogue
     steps: list[tuple[Step, StepPlan | None]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    catalogue: Catalogue | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -42,7 +44,7 @@ class StepRun:
 def plan(recipe: Recipe, settings: Settings, out: Path | None = None) -> RunPlan:
     """Plan every step from headers alone; reads no weights and writes nothing."""
     catalogue = Catalogue(recipe, settings, out or recipe.out)
-    made = RunPlan(catalogue=catalogue)
+    made = RunPlan(catalogue)
     for step in in_order(recipe.steps):
         prefix = "" if recipe.single else f"step {step.name}: "
         try:
@@ -54,11 +56,11 @@ def plan(recipe: Recipe, settings: Settings, out: Path | None = None) -> RunPlan
         catalogue.made_by(step, step_plan.output)
         made.problems += [f"{prefix}{problem}" for problem in step_plan.problems]
         made.steps.append((step, step_plan))
-    made.problems += _data_problems(recipe, catalogue)
+    made.problems += data_problems(recipe, catalogue)
     return made
 
 
-def _data_problems(recipe: Recipe, catalogue: Catalogue) -> list[str]:
+def data_problems(recipe: Recipe, catalogue: Catalogue) -> list[str]:
     """Read the data of the evaluation too: a typo in it should not wait until the end."""
     problems = []
     for label, spec in _evaluation_data(recipe):
@@ -81,21 +83,63 @@ def _evaluation_data(recipe: Recipe) -> Iterator[tuple[str, DataSpec]]:
                 yield f"{measure} {name}", spec
 
 
+def prepare(recipe: Recipe, settings: Settings, out: Path | None = None, *, overwrite: bool = False) -> RunPlan:
+    """Plan every step and look at the place it goes to; reads no weights and writes nothing."""
+    made = plan(recipe, settings, out)
+    if made.catalogue.out is None:
+        made.problems.append(f"where to? {'' if recipe.single else 'give the recipe an `out`, or '}pass -o FOLDER")
+        return made
+    inputs = list(_input_paths(recipe, made.catalogue))
+    for step, _ in made.steps:
+        target = made.catalogue.target(step)
+        ours = _has_lineage(target)
+        made.problems += _overlaps(target, inputs) or check_free(target, overwrite=overwrite or ours)
+        if ours:
+            otherwise = "replaced" if overwrite else "refused without --overwrite"
+            made.notes.append(f"{target} exists: skipped if it is what would be made again, {otherwise} if not")
+    return made
+
+
+def _overlaps(target: Path, inputs: Iterable[Path]) -> list[str]:
+    """Return a line if writing to `target` would change an input."""
+    try:
+        place = target.resolve()
+    except (OSError, ValueError, RuntimeError):  # no name for a folder, as `check_free` says
+        return []
+    for path in inputs:
+        if path == place or place in path.parents:
+            return [f"{target}: is (or holds) an input of this run, {path}; choose another out"]
+        if path in place.parents:
+            return [f"{target}: lies in an input of this run, {path}, and inputs are never changed; choose another out"]
+    return []
+
+
+def _input_paths(recipe: Recipe, catalogue: Catalogue) -> Iterator[Path]:
+    """Yield the files and folders that a run reads and does not make."""
+    refs = [*recipe.models.values(), *(ref for step in recipe.steps.values() for ref in step.models())]
+    found = [catalogue.resolve(ref) for ref in refs if ref.ref not in recipe.steps]
+    texts = [part for ref in found if ref.ref for part in (ref.ref, *ref.ref.split("+"))]
+    texts += [spec.path for _, spec in _evaluation_data(recipe)]
+    texts += [value.path for step in recipe.steps.values() for _, value in step.inputs if isinstance(value, DataSpec)]
+    for text in dict.fromkeys(texts):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # what is no path is no file either
+            if Path(text).expanduser().exists():
+                yield Path(text).expanduser().resolve()
+
+
 def execute(
     recipe: Recipe, settings: Settings, out: Path | None = None, *, overwrite: bool = False
 ) -> tuple[list[StepRun], Catalogue]:
     """Run a recipe's steps. Raises RequestError with every problem before any weight is loaded."""
-    made = plan(recipe, settings, out)
-    catalogue = made.catalogue
-    if catalogue is None:
-        raise AssertionError("a plan has a catalogue")
+    made = prepare(recipe, settings, out, overwrite=overwrite)
     if made.problems:
         raise RequestError(*made.problems)
-    finished = _finished(made, catalogue)
-    todo = [step for step, _ in made.steps if step.name not in finished]
-    problems = [problem for step in todo for problem in _taken(catalogue.target(step), recipe, overwrite)]
-    if problems:
-        raise RequestError(*problems)
+    catalogue = made.catalogue
+    finished, stale = _look_back(made)
+    if stale and not overwrite:
+        raise RequestError(
+            *(f"{path}: {why}; pass --overwrite to replace it, or choose another out" for path, why in stale.items())
+        )
     runs = []
     for step, _ in made.steps:
         if step.name in finished:
@@ -105,48 +149,89 @@ def execute(
     return runs, catalogue
 
 
-def _taken(target: Path, recipe: Recipe, overwrite: bool) -> list[str]:
-    problems = check_free(target, overwrite=overwrite)
-    if problems and read_lineage(target) is not None and not overwrite and not recipe.single:
-        return [
-            f"{target}: was made with other parameters or inputs; pass --overwrite to replace it, or choose another out"
-        ]
-    inputs = [Path(ref.ref).resolve() for step in recipe.steps.values() for ref in step.models() if ref.ref]
-    if any(path == target.resolve() or target.resolve() in path.parents for path in inputs):
-        problems.append(f"{target}: is (or holds) an input of this run")
-    return problems
+def _look_back(made: RunPlan) -> tuple[dict[str, dict[str, Any]], dict[Path, str]]:
+    """Return the lineages of the steps that need not run, by name, and why other folders are not what they should be.
 
-
-def _finished(made: RunPlan, catalogue: Catalogue) -> dict[str, dict[str, Any]]:
-    """Return the lineages of the steps that need not run: made by the same step from the same inputs, and intact."""
+    A step need not run when its folder is intact and was made by the same step from the same inputs.
+    """
     finished: dict[str, dict[str, Any]] = {}
+    stale: dict[Path, str] = {}
     names = {step.name for step, _ in made.steps}
     for step, _ in made.steps:
-        if any(ref.ref in names and ref.ref not in finished for ref in step.models()):
+        target = made.catalogue.target(step)
+        anew = [ref.ref for ref in step.models() if ref.ref in names and ref.ref not in finished]
+        if not _has_lineage(target):
             continue
-        target = catalogue.target(step)
-        lineage = read_lineage(target) if target.is_dir() else None
-        same = lineage is not None and lineage.get("key") == step_key(step, catalogue)
-        if lineage is not None and same and open_checkpoint(target).digest == lineage["output"]["digest"]:
+        lineage = _whole_lineage(target)
+        if anew:
+            stale[target] = f"exists already, and {anew[0]!r}, which it was made from, is made anew"
+        elif lineage is None or lineage["key"] != step_key(step, made.catalogue):
+            stale[target] = "exists already, made with other parameters or inputs"
+        elif _digest_of(target) != lineage["output"]["digest"]:
+            stale[target] = "exists already, and was changed since it was made"
+        else:
             finished[step.name] = lineage
-    return finished
+    return finished, stale
+
+
+def _has_lineage(target: Path) -> bool:
+    try:
+        return (target / LINEAGE).is_file()
+    except OSError:  # a name too long, a folder closed to us
+        return False
+
+
+def _whole_lineage(target: Path) -> dict[str, Any] | None:
+    """Return a folder's lineage, or None where it is not as we write it."""
+    try:
+        lineage = read_lineage(target)
+    except RequestError:
+        return None
+    known = {"key", "verb", "method", "output", "notes", "seconds"}
+    return lineage if lineage is not None and known <= set(lineage) and "digest" in lineage["output"] else None
+
+
+def _digest_of(target: Path) -> str | None:
+    try:
+        return open_checkpoint(target).digest
+    except RequestError:
+        return None
 
 
 def step_key(step: Step, catalogue: Catalogue) -> str:
     """Return a digest of everything that decides what a step makes: method, parameters, inputs' contents, seed."""
-    inputs = step.inputs.model_dump(mode="json")
-    for role, value in step.inputs:
-        if isinstance(value, DataSpec):
-            inputs[role] = catalogue.rows(value).digest
     content = {
         "verb": step.card.verb.name,
         "method": step.card.name,
         "parameters": step.card.parameters(**step.parameters).model_dump(mode="json"),
-        "inputs": {role: value for role, value in inputs.items() if role not in dict(step.roles())},
-        "models": [(role, catalogue.digest(ref)) for role, ref in step.roles()],
+        "inputs": {
+            role: catalogue.rows(value).digest if isinstance(value, DataSpec) else told
+            for role, value, told in _plain_inputs(step)
+        },
+        "models": [(role, catalogue.identity(ref)) for role, ref in step.roles()],
         "seed": catalogue.seed,
     }
     return hashlib.sha256(dump(content).encode()).hexdigest()
+
+
+def _plain_inputs(step: Step) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (input, its value, the value as JSON has it) of a step, models apart."""
+    models = dict(step.roles())
+    told = step.inputs.model_dump(mode="json")
+    for role, value in step.inputs:
+        if role not in models:
+            yield role, value, told[role]
+
+
+def _told_inputs(step: Step, catalogue: Catalogue) -> dict[str, Any]:
+    """Return what a step took besides models: data by content, too."""
+    found: dict[str, Any] = {}
+    for role, value, told in _plain_inputs(step):
+        if isinstance(value, DataSpec):
+            rows = catalogue.rows(value)
+            told = {**value.model_dump(mode="json", exclude_defaults=True), "rows": len(rows), "digest": rows.digest}
+        found[role] = told
+    return found
 
 
 def _run_step(step: Step, recipe: Recipe, catalogue: Catalogue, overwrite: bool) -> StepRun:
@@ -167,15 +252,17 @@ def _run_step(step: Step, recipe: Recipe, catalogue: Catalogue, overwrite: bool)
             "method": step.card.name,
             "paper": step.card.paper,
             "parameters": step.card.parameters(**step.parameters).model_dump(mode="json"),
+            "inputs": _told_inputs(step, catalogue),
             "seed": recipe.seed,
             "parents": parents,
+            "ancestors": ancestors([catalogue.open(ref) for _, ref in existing]),
             "output": {"digest": result.digest},
             "metrics": dict(result.metrics),
             "notes": list(result.notes),
             "seconds": round(time.perf_counter() - started, 3),
             "environment": environment(),
         }
-        folder.write_json("lineage.json", lineage)
+        folder.write_json(LINEAGE, lineage)
         card = model_card(target.name, step.card, lineage, [catalogue.open(ref) for _, ref in existing], step.as_dict())
         folder.write_text("README.md", card)
         folder.commit()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import yaml
 from lfm.checkpoint import Checkpoint, read_json
 from lfm.method import Card
 
+LINEAGE = "lineage.json"
+HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)
 PACKAGES = ("learn-from-model", "torch", "transformers", "safetensors", "accelerate", "peft", "numpy")
 RELATION = {"reuse": "merge"}  # the hub knows finetune, adapter, merge and quantized
 PIPELINES = {
@@ -47,16 +50,32 @@ def environment() -> dict[str, str]:
 
 
 def parent(role: str, label: str, checkpoint: Checkpoint | None, digest: str) -> dict[str, Any]:
-    """Return the lineage entry of one input, with its own lineage inside where it has one."""
+    """Return the lineage entry of one input, and how it was made where lfm made it."""
     entry: dict[str, Any] = {"role": role, "name": label, "digest": digest}
     if checkpoint is not None:
         entry["ref"] = checkpoint.ref
         if checkpoint.patches:
             entry["patches"] = list(checkpoint.patches)
         if checkpoint.lineage:
-            kept = ("verb", "method", "parameters", "seed", "parents")
-            entry["made_by"] = {key: checkpoint.lineage[key] for key in kept if key in checkpoint.lineage}
+            entry["made_by"] = _how(checkpoint.lineage)
     return entry
+
+
+def ancestors(parents: Iterable[Checkpoint]) -> dict[str, Any]:
+    """Return, by digest, how the parents' parents were made, and theirs: once each, however the paths cross."""
+    found: dict[str, Any] = {}
+    for checkpoint in parents:
+        lineage = checkpoint.lineage or {}
+        found |= lineage.get("ancestors", {})
+        found |= {parent["digest"]: parent["made_by"] for parent in lineage.get("parents", ()) if "made_by" in parent}
+    return found
+
+
+def _how(lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a lineage says of its own step, and of its parents what they are."""
+    kept = ("verb", "method", "parameters", "inputs", "seed")
+    parents = [{key: entry[key] for key in entry if key != "made_by"} for entry in lineage.get("parents", ())]
+    return {**{key: lineage[key] for key in kept if key in lineage}, "parents": parents}
 
 
 def model_card(
@@ -64,8 +83,9 @@ def model_card(
 ) -> str:
     """Return README.md: metadata that the hub reads, then what was done, in words, numbers and a recipe."""
     metadata = {
-        "base_model": list(dict.fromkeys(public_name(checkpoint.ref) for checkpoint in parents)) or None,
+        "base_model": list(dict.fromkeys(name for checkpoint in parents for name in hub_names(checkpoint.ref))) or None,
         "base_model_relation": RELATION.get(card.verb.paradigm, "finetune") if parents else None,
+        "datasets": _hub_datasets(lineage),
         "library_name": "transformers" if any(checkpoint.config for checkpoint in parents) else None,
         "pipeline_tag": _pipeline(parents),
         "license": _license(parents),
@@ -74,7 +94,7 @@ def model_card(
     header = yaml.safe_dump(
         {key: value for key, value in metadata.items() if value}, sort_keys=False, allow_unicode=True
     )
-    body = yaml.safe_dump({name: dict(step)}, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    body = yaml.safe_dump({name: _public(dict(step))}, sort_keys=False, allow_unicode=True, default_flow_style=None)
     sections = [
         f"---\n{header}---\n\n# {name}\n\n{card.summary}",
         f"Made with `lfm {card.verb.name} {card.name}`" + (f" ([paper]({card.paper}))." if card.paper else "."),
@@ -91,16 +111,46 @@ def model_card(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def hub_names(ref: str) -> list[str]:
+    """Return what the hub may take for the models of a reference: hub names without revision, folders by their name."""
+    names = [public_name(part).partition("@")[0] for part in ([ref] if _is_there(ref) else ref.split("+"))]
+    return [name for name in names if HUB_ID.fullmatch(name)]
+
+
 def public_name(ref: str) -> str:
     """Return a model's name as others may see it: hub names as they are, of local paths the last part."""
-    return "+".join(Path(part).name if Path(part).exists() else part for part in ref.split("+"))
+    parts = [ref] if _is_there(ref) else ref.split("+")
+    return "+".join(Path(part).expanduser().resolve().name if _is_there(part) else part for part in parts)
+
+
+def _is_there(ref: str) -> bool:
+    try:
+        return Path(ref).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # a name too long, a NUL in it, a user without a home
+        return False
+
+
+def _public(value: Any) -> Any:
+    """Return what a recipe holds with local paths cut down to their last part."""
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    return public_name(value) if isinstance(value, str) else value
+
+
+def _hub_datasets(lineage: Mapping[str, Any]) -> list[str]:
+    """Return the data sets of the hub that were used."""
+    specs = [value for value in lineage["inputs"].values() if isinstance(value, dict)]
+    paths = [str(spec.get("path", "")) for spec in specs]
+    return list(dict.fromkeys(path.split(":")[1] for path in paths if path.startswith("hf:")))
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     if not rows:
         return ""
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *escaped))
 
 
 def _pipeline(parents: list[Checkpoint]) -> str | None:
@@ -109,7 +159,8 @@ def _pipeline(parents: list[Checkpoint]) -> str | None:
 
 
 def _licenses(parents: list[Checkpoint]) -> list[str | None]:
-    return [card_metadata(checkpoint.folder).get("license") for checkpoint in parents]
+    found = [card_metadata(checkpoint.folder).get("license") for checkpoint in parents]
+    return [str(license) if license else None for license in found]
 
 
 def _license(parents: list[Checkpoint]) -> str | None:
@@ -141,5 +192,5 @@ def card_metadata(folder: Path) -> dict[str, Any]:
 
 def read_lineage(folder: Path) -> dict[str, Any] | None:
     """Return a folder's lineage, or None where there is none."""
-    path = folder / "lineage.json"
+    path = folder / LINEAGE
     return read_json(path) if path.is_file() else None

@@ -16,7 +16,8 @@ are relative to the working directory.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,8 @@ from lfm.models.ref import ModelRef
 from lfm.recipe._yaml import Located, read_yaml
 
 VERSION = 1
+RESERVED = ("report.html", "results.json")  # what a run leaves beside the folders of its steps
+Place = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,7 @@ def check_recipe(located: Located, text: str = "") -> Recipe:
     return Recipe(steps, frame.models, out, frame.seed, frame.evaluate, text)
 
 
-def check_step(
-    name: str, raw: Mapping[str, Any], located: Located, place: tuple[str | int, ...], problems: list[str]
-) -> Step | None:
+def check_step(name: str, raw: Mapping[str, Any], located: Located, place: Place, problems: list[str]) -> Step | None:
     """Check one step; adds to `problems` and returns None where it cannot be understood."""
     named = [key for key in raw if key in verbs()]
     if len(named) != 1:
@@ -162,9 +163,7 @@ def check_step(
     return Step(name, card, inputs, parameters.model_dump(exclude_unset=True))
 
 
-def validate(
-    model: type[BaseModel], value: Any, located: Located, place: tuple[str | int, ...], problems: list[str]
-) -> Any:
+def validate(model: type[BaseModel], value: Any, located: Located, place: Place, problems: list[str]) -> Any:
     """Return `value` as a `model`, or None, with a line for each thing that is wrong added to `problems`."""
     try:
         return model.model_validate(value)
@@ -174,7 +173,7 @@ def validate(
         return None
 
 
-def _place(loc: tuple[str | int, ...], value: Any) -> tuple[str | int, ...]:
+def _place(loc: Place, value: Any) -> Place:
     """Keep the part of pydantic's location that exists in the file; it also names alternatives of unions."""
     place: list[str | int] = []
     for part in loc:
@@ -192,12 +191,14 @@ def _message(item: Any, model: type[BaseModel]) -> str:
     if kind == "extra_forbidden":
         return f"unknown key{did_you_mean(str(item['loc'][-1]), _keys_at(model, item['loc'][:-1]))}"
     if kind == "missing":
-        return "is missing"
+        field = model.model_fields.get(str(item["loc"][0])) if len(item["loc"]) == 1 else None
+        what = (field.description or "").rstrip(".") if field is not None else ""
+        return f"is missing: {what[:1].lower()}{what[1:]}" if what else "is missing"
     text = str(item["msg"]).removeprefix("Value error, ")
     return text if isinstance(got, (dict, list)) or kind == "value_error" else f"{text} (got {got!r})"
 
 
-def _keys_at(model: Any, loc: tuple[str | int, ...]) -> list[str]:
+def _keys_at(model: Any, loc: Place) -> list[str]:
     """Return the keys that the mapping at `loc` of a model may have."""
     for part in loc:
         kinds = model if isinstance(model, tuple) else (model,)
@@ -215,27 +216,51 @@ def _models_in(annotation: Any) -> list[Any]:
     return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
-def _name_problems(frame: _Frame, steps: Mapping[str, Step]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _name_problems(frame: _Frame, steps: Mapping[str, Step]) -> Iterator[tuple[Place, str]]:
     """Yield what is wrong with names: used twice, unsafe as folders, or near misses of names that exist."""
     names = [*frame.models, *steps]
-    for name in steps:
-        if name in frame.models:
-            yield ("steps", name), f"{name!r} is the name of a model too"
-        if Path(name).name != name or name.startswith("."):
-            yield ("steps", name), f"{name!r} cannot name a folder"
+    yield from _step_names(frame.models, steps)
+    for name, model in frame.models.items():
+        if model.ref in names and not _is_there(str(model.ref)):
+            yield ("models", name), f"{model.ref!r} is a name of this recipe; a model here is a folder or a hub name"
     for name, step in steps.items():
         for role, ref in step.roles():
             if ref.ref == name:
                 yield ("steps", name, role), "a step cannot take its own output"
-            elif ref.ref and ref.ref not in names and not Path(ref.ref).exists() and "/" not in ref.ref:
-                yield (
-                    ("steps", name, role),
-                    f"{ref.ref!r} is no model or step of this recipe{did_you_mean(ref.ref, names)}",
-                )
+            elif ref.ref and ref.ref not in names and "/" not in ref.ref and not _is_there(ref.ref):
+                yield ("steps", name, role), _no_such_name(ref.ref, names)
     if frame.evaluate is not None:
-        for name in (*(frame.evaluate.compare or ()), *([frame.evaluate.baseline] if frame.evaluate.baseline else ())):
+        for index, name in enumerate(frame.evaluate.compare or ()):
             if name not in names:
-                yield ("evaluate",), f"{name!r} is no model or step of this recipe{did_you_mean(name, names)}"
+                yield ("evaluate", "compare", index), _no_such_name(name, names)
+        if frame.evaluate.baseline is not None and frame.evaluate.baseline not in names:
+            yield ("evaluate", "baseline"), _no_such_name(frame.evaluate.baseline, names)
+    if not steps and not (frame.models and frame.evaluate):
+        yield (), "nothing to do: a recipe has steps, or models and what to evaluate"
+
+
+def _step_names(models: Mapping[str, ModelRef], steps: Mapping[str, Step]) -> Iterator[tuple[Place, str]]:
+    """Yield what keeps the steps from having a name, and a folder, each of their own."""
+    folders: dict[str, str] = {}
+    for name in steps:
+        if name in models:
+            yield ("steps", name), f"{name!r} is the name of a model too"
+        if Path(name).name != name or name.startswith(".") or not name.isprintable() or name in RESERVED:
+            yield ("steps", name), f"{name!r} cannot name a folder of the run"
+        other = folders.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            yield ("steps", name), f"{name!r} and {other!r} are one folder on some systems; give one another name"
+
+
+def _is_there(ref: str) -> bool:
+    try:
+        return Path(ref).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # a name too long, a NUL in it, a user without a home
+        return False
+
+
+def _no_such_name(name: str, names: Sequence[str]) -> str:
+    return f"{name!r} is no model or step of this recipe{did_you_mean(name, names)}"
 
 
 def _cycles(steps: Mapping[str, Step]) -> Iterator[tuple[str, str]]:
@@ -287,3 +312,11 @@ def json_schema() -> dict[str, Any]:
 def dump(value: Any) -> str:
     """Return canonical JSON, the form in which things are hashed."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def pretty(value: Any) -> str:
+    """Return JSON for people; it has no word for numbers that are not finite, and they become null."""
+    try:
+        return json.dumps(value, indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        return pretty(json.loads(json.dumps(value, default=str), parse_constant=lambda _: None))

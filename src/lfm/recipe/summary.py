@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lfm import __version__
+from lfm.errors import LfmError, RequestError
 from lfm.evaluate.change import relative_change
 from lfm.evaluate.measure import Measured, Measurement, measure
 from lfm.models.ref import ModelRef
-from lfm.recipe.catalogue import Catalogue, short_name
+from lfm.recipe.catalogue import Catalogue
 from lfm.recipe.execute import StepRun
 from lfm.recipe.lineage import environment
-from lfm.recipe.schema import Recipe, Step
+from lfm.recipe.schema import Recipe, Step, pretty
 from lfm.report import Column, Curve, Estimate, HeatMap, Node, Note, Run, Table, TrainingLog, write
 
 # Which table a measure goes into, in the order of the tables.
@@ -33,15 +34,31 @@ def evaluate(recipe: Recipe, catalogue: Catalogue) -> Measured | None:
     """Measure what the recipe asks for; None if it asks for nothing."""
     if recipe.evaluate is None:
         return None
-    return measure(catalogue.names(), recipe.evaluate, catalogue)
+    try:
+        return measure(catalogue.names(), recipe.evaluate, catalogue)
+    except RequestError as error:  # the steps are done, and the report can still tell of them
+        return Measured(notes=[f"nothing was measured: {error}"])
 
 
-def report(recipe: Recipe, runs: list[StepRun], catalogue: Catalogue, measured: Measured | None, out: Path) -> None:
-    """Write `report.html` and `results.json` into the run's folder."""
+def report(
+    recipe: Recipe, runs: list[StepRun], catalogue: Catalogue, measured: Measured | None, out: Path | None
+) -> Path:
+    """Write `report.html` and `results.json` into the run's folder; returns the report's path.
+
+    A single step that was done before, with nothing to measure, keeps the report it has: that one may hold measures.
+    """
+    out = out or Path()
+    if recipe.single and measured is None and all(run.skipped for run in runs) and (out / "report.html").exists():
+        return out / "report.html"
     run = summarise(recipe, runs, catalogue, measured, out.name)
-    write(run, out / "report.html")
     results = {"tables": [table_rows(table) for table in run.tables], "notes": [note.text for note in run.notes]}
-    (out / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write(run, out / "report.html")
+        (out / "results.json").write_text(pretty(results) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise LfmError(f"{error.filename or out}: the report could not be written: {error.strerror}") from error
+    return out / "report.html"
 
 
 def summarise(recipe: Recipe, runs: list[StepRun], catalogue: Catalogue, measured: Measured | None, title: str) -> Run:
@@ -107,7 +124,7 @@ def _nodes(recipe: Recipe, runs: list[StepRun], catalogue: Catalogue) -> Iterato
     for run in runs:
         for ref in run.step.models():
             if ref.ref not in recipe.steps and ref.ref not in recipe.models:
-                named.setdefault(_node_name(ref, recipe), ref)
+                named.setdefault(catalogue.name_of(ref), ref)
     for name, ref in named.items():
         detail = {key: str(value) for key, value in ref.model_dump(exclude_defaults=True).items()}
         yield Node(name, "model", digest=catalogue.digest(ref), detail=detail)
@@ -119,15 +136,10 @@ def _nodes(recipe: Recipe, runs: list[StepRun], catalogue: Catalogue) -> Iterato
             kind="step",
             verb=lineage["verb"],
             method=lineage["method"],
-            inputs=tuple(dict.fromkeys(_node_name(ref, recipe) for ref in run.step.models())),
+            inputs=tuple(dict.fromkeys(catalogue.name_of(ref) for ref in run.step.models())),
             digest=lineage["output"]["digest"],
             detail={**shown, "seconds": "done before" if run.skipped else f"{lineage['seconds']:.1f}"},
         )
-
-
-def _node_name(ref: ModelRef, recipe: Recipe) -> str:
-    known = ref.ref in recipe.steps or ref.ref in recipe.models
-    return str(ref.ref) if known else short_name(ref)
 
 
 def _given(step: Step) -> Mapping[str, Any]:
@@ -160,7 +172,7 @@ def _heat_maps(runs: list[StepRun], catalogue: Catalogue) -> Iterator[HeatMap]:
         if origin is None or catalogue.resolve(origin).ref is None:
             continue
         moved = relative_change(catalogue.open(origin).weights, catalogue.open(ModelRef(ref=run.step.name)).weights)
-        by_base.setdefault(short_name(origin), {})[run.step.name] = moved
+        by_base.setdefault(catalogue.name_of(origin), {})[run.step.name] = moved
     for base, rows in by_base.items():
         columns = list(dict.fromkeys(group for row in rows.values() for group in row))
         yield HeatMap(

@@ -13,7 +13,7 @@ from lfm.checkpoint import OutputFolder, Spec
 from lfm.data import DataSpec, Rows
 from lfm.errors import RequestError
 from lfm.models.anatomy import anatomy
-from lfm.models.encode import Batch, Examples, class_names, inputs_of, targets
+from lfm.models.encode import IGNORE, Batch, Examples, class_names, inputs_of, targets
 from lfm.models.handle import Model
 from lfm.models.local import forward, load_model, save_model
 from lfm.models.ref import Task
@@ -81,7 +81,7 @@ def run(method: Tune, inputs: Inputs, context: Context, folder: OutputFolder) ->
 
 
 def _load(inputs: Inputs, rows: Rows, context: Context) -> Model:
-    return load_model(
+    model = load_model(
         context.resolve(inputs.model),
         task=inputs.task,
         classes=class_names(rows) if "label" in rows.columns else None,
@@ -90,6 +90,9 @@ def _load(inputs: Inputs, rows: Rows, context: Context) -> Model:
         device=context.settings.device,
         allow_pickle=context.settings.allow_pickle,
     )
+    if model.task == "masked-lm":
+        raise RequestError(f"{model.label}: masked language models cannot be tuned as such; give it another `task`")
+    return model
 
 
 def _stored_dtype(inputs: Inputs, context: Context) -> str | None:
@@ -109,10 +112,14 @@ def _largest(specs: list[Spec]) -> str:
 
 def task_loss(module: torch.nn.Module, batch: Batch, task: Task) -> torch.Tensor:
     """Return the mean cross-entropy over labels (over predicted tokens, for text)."""
+    scores, labels = _scored(module, batch, task)
+    return functional.cross_entropy(scores, labels)
+
+
+def _scored(module: torch.nn.Module, batch: Batch, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     device = next(module.parameters()).device
     logits = forward(module, {name: value.to(device) for name, value in inputs_of(batch).items()})
-    scores, labels = targets(logits.float(), batch["labels"].to(device), task)
-    return functional.cross_entropy(scores, labels)
+    return targets(logits.float(), batch["labels"].to(device), task)
 
 
 def _validation(model: Model, inputs: Inputs, context: Context, batch_size: int) -> Callable[[], float] | None:
@@ -123,9 +130,14 @@ def _validation(model: Model, inputs: Inputs, context: Context, batch_size: int)
     batches = [range(start, min(start + batch_size, len(examples))) for start in range(0, len(examples), batch_size)]
 
     def mean_loss() -> float:
+        """Return the mean over all labels, however they fall into batches."""
+        total = count = 0.0
         with torch.no_grad():
-            losses = [float(task_loss(model.module, examples.batch(batch), model.task)) for batch in batches]
-        return sum(loss * len(batch) for loss, batch in zip(losses, batches, strict=True)) / len(examples)
+            for batch in batches:
+                scores, labels = _scored(model.module, examples.batch(batch), model.task)
+                total += float(functional.cross_entropy(scores, labels, reduction="sum"))
+                count += int((labels != IGNORE).sum())
+        return total / count
 
     return mean_loss
 

@@ -80,8 +80,6 @@ def _request_problems(method: Merge, inputs: Inputs) -> list[str]:
         problems.append(
             f"{plural(got, 'model')} and {plural(len(inputs.weights), 'weight')}: give one weight for each model"
         )
-    elif inputs.weights is not None and not np.isfinite(inputs.weights).all():
-        problems.append(f"weights must be finite numbers, got {inputs.weights}")
     elif inputs.weights is not None:
         problems += method.objections(inputs.weights)
     return problems
