@@ -145,9 +145,7 @@ def test_a_run_that_failed_goes_on_to_the_same_bits_and_the_same_log(tmp_path, s
     whole, broken, resumed = new(), new(), new()
     watched = method.patience is not None
     chosen = {"groups": groups(whole, method.learning_rate)}
-    expected = train(
-        whole, tmp_path / "a", method, validate=held_out_loss(whole) if watched else None, **chosen
-    )
+    expected = train(whole, tmp_path / "a", method, validate=held_out_loss(whole) if watched else None, **chosen)
     stop = min(stop, len(expected.steps) - 1)
     with pytest.raises(KeyboardInterrupt):
         train(
@@ -448,7 +446,7 @@ def tiny_llama():
     return new(lambda: LlamaForCausalLM(config))
 
 
-@pytest.mark.parametrize("share, frozen", [(0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4), (0.1, 0)])
+@pytest.mark.parametrize(("share", "frozen"), [(0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4), (0.1, 0)])
 def test_freeze_fixes_the_embeddings_and_the_lower_share_of_the_blocks(tmp_path, share, frozen):
     module = tiny_llama()
     before = copy.deepcopy(module.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lfm.recipe.catalogue import Catalogue
     from lfm.recipe.execute import StepRun
 
+LOG = logging.getLogger("lfm")
 ModelLike = str | Path | ModelRef | Mapping[str, Any]
 
 
@@ -219,6 +221,8 @@ def evaluate(
     for every model.
     """
     _, _, measured = measure_models([_plain(model) for model in models], measures, settings or Settings(), seed)
+    for note in measured.notes:
+        LOG.warning("note: %s", note)
     return measured.measurements
 
 

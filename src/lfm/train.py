@@ -122,8 +122,8 @@ def fit(
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    groups = [{**group, "params": list(group["params"]), "peak": group["lr"]} for group in groups]
-    trained = [parameter for group in groups for parameter in group["params"]]
+    rated: list[dict[str, Any]] = [{**group, "params": list(group["params"]), "peak": group["lr"]} for group in groups]
+    trained = [parameter for group in rated for parameter in group["params"]]
     if not trained:
         raise RequestError("nothing is left to train: all weights are frozen")
     AcceleratorState._reset_state(reset_partial_state=True)  # one process may train in several precisions, one by one
@@ -133,9 +133,10 @@ def fit(
         mixed_precision="bf16" if method.precision == "bfloat16" else "no",
         step_scheduler_with_optimizer=False,
     )
-    optimizer = torch.optim.AdamW(groups, foreach=False)
+    optimizer = torch.optim.AdamW(rated, foreach=False)
     with _fixed(module, trained):
-        state = _State(*accelerator.prepare(module, optimizer), source)
+        prepared, optimizer = accelerator.prepare(module, optimizer)
+        state = _State(prepared, optimizer, source)
         _train_mode(state.module)
         _load(state, resume)
         saved_at = time.monotonic()

@@ -67,14 +67,24 @@ def test_every_method_has_a_help_page_with_its_options(lfm, verb, name):
     [
         (["mrge"], "error: no such command 'mrge'; did you mean 'merge'?"),
         (["merge", "tie"], "error: no such command 'tie'; did you mean 'ties'?"),
-        (["merge", "ties", "--densty", "1"], "error: no such option '--densty'"),
-        (["methods", "mrge"], "error: unknown verb 'mrge'; did you mean 'merge'?"),
+        (["merge", "ties", "--densty", "1"], "error: no such option --densty; did you mean '--density'?"),
+        (["methods", "mrge"], "error: unknown verb or method 'mrge'; did you mean 'merge'?"),
         (["methods", "merge", "tis"], "error: unknown method merge 'tis'; did you mean 'ties'?"),
         (["recipes", "show", "digit"], "error: no shipped recipe 'digit'; did you mean 'digits'?"),
         (["advise", "--access", "all"], "error: unknown access level 'all': use one of labels, probs"),
         (["inspect", "nowhere"], "error: 'nowhere': no such folder or file"),
-        (["run", "nowhere.yaml"], "error: nowhere.yaml: No such file"),
+        (["run", "nowhere.yaml"], "error: nowhere.yaml: no such recipe, here or among the shipped"),
+        (["run", "digit"], "error: digit: no such recipe, here or among the shipped; did you mean 'digits'?"),
+        (["validate", "nowhere.yaml"], "error: nowhere.yaml: no such recipe"),
         (["evaluate", "nowhere"], "error: what to measure?"),
+        (["evaluate"], "which models?"),
+        (["inspect"], "error: missing argument 'MODEL...'"),
+        (["merge", "linear", "a", "--weights", "1,x", "-o", "x"], "error: --weights.1: Input should be a valid number"),
+        (
+            ["merge", "linear", "a", "--weights", "nan", "-o", "x"],
+            "error: --weights.0: Input should be a finite number",
+        ),
+        (["merge", "linear", "a", "--perplexity", "{pth: x}", "-o", "x"], "--perplexity.data.pth: unknown key"),
         (["merge", "linear", "a", "b", "-o", "x", "--weights", "[1"], "not valid YAML"),
     ],
 )
@@ -89,9 +99,9 @@ def test_all_problems_of_a_command_are_told_at_once(lfm):
     code, out, err = lfm("merge", "ties", "--density", "3", "--scale", "big")
     assert (code, out) == (2, "")
     for part in (
-        "models: is missing",
-        "density: Input should be less",
-        "scale: Input should be a valid",
+        "  MODELS: is missing: the models to merge",
+        "  --density: Input should be less than or equal to 1 (got '3')",
+        "  --scale: Input should be a valid",
         "pass -o FOLDER",
     ):
         assert part in err
@@ -213,18 +223,6 @@ def test_completion_knows_commands_and_methods():
     assert {line.partition(",")[2] for line in found.stdout.split()} == {"ties", "task_arithmetic"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["advise", "--data", "few"], ["merge", "ties", "-h"]])
-def test_listings_answer_without_torch_or_numpy(arguments):
-    code = (
-        "import sys, resource; from lfm.cli import main; code = main(sys.argv[1:]);"
-        "heavy = [m for m in ('torch', 'numpy', 'transformers') if m in sys.modules];"
-        "print(code, heavy, resource.getrusage(resource.RUSAGE_SELF).ru_utime, file=sys.stderr)"
-    )
-    answers = [run([sys.executable, "-c", code, *arguments]).stderr.split() for _ in range(3)]
-    assert {(code, heavy) for code, heavy, _ in answers} == {("0", "[]")}
-    assert min(float(seconds) for *_, seconds in answers) < 0.5
-
-
 def test_a_reader_that_leaves_early_is_no_error():
     done = run(["bash", "-c", f"{sys.executable} -m lfm recipes schema | head -1; exit ${{PIPESTATUS[0]}}"])
     assert "Traceback" not in done.stderr
@@ -247,3 +245,114 @@ def test_a_folder_that_cannot_be_written_ends_with_a_message(lfm, family, tmp_pa
     code, _, err = lfm("merge", "linear", *family[1:], "-o", tmp_path / "file" / "out")
     assert code in (1, 2)
     assert err.startswith("error: ")
+
+
+def test_the_bare_command_shows_its_help_on_stderr(lfm):
+    code, out, err = lfm()
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: lfm")
+
+
+@pytest.mark.parametrize("words", [[], ["merge"], ["tune", "full"], ["run"], ["recipes"], ["recipes", "cp"]])
+def test_every_command_takes_short_and_long_help(lfm, words):
+    assert lfm(*words, "-h") == lfm(*words, "--help")
+    assert max(map(len, lfm("merge", "-h")[1].splitlines())) <= 100
+
+
+@pytest.mark.parametrize(("verb", "name"), cards())
+def test_the_example_of_every_help_page_is_a_right_command(lfm, verb, name):
+    example = next(line for line in lfm(verb, name, "-h")[1].splitlines() if line.startswith(f"  lfm {verb} {name} "))
+    code, out, err = lfm(*example.split()[1:], "--print-recipe")
+    assert (code, err) == (0, "")
+    assert f"{verb}: {name}" in out
+
+
+def test_a_method_is_found_without_its_verb(lfm):
+    assert lfm("methods", "ties") == lfm("methods", "merge", "ties")
+    assert "Needs: 2 or more models, weights of the models, no data, no training, the base" in lfm("methods", "ties")[1]
+
+
+def test_lists_are_written_with_commas(lfm, family, tmp_path):
+    _, a, b = family
+    assert lfm("merge", "linear", a, b, "--weights", "1,3", "-o", tmp_path / "x")[0] == 0
+    assert lfm("merge", "linear", a, b, "--weights", "[1, 3]", "-o", tmp_path / "y")[0] == 0
+    assert lfm("diff", tmp_path / "x", tmp_path / "y")[0] == 0
+
+
+def test_an_output_may_be_called_like_an_input_elsewhere(lfm, family, tmp_path):
+    _, a, b = family
+    assert lfm("merge", "linear", a, b, "-o", tmp_path / "deep" / "a")[0] == 0
+    code, _, err = lfm("merge", "linear", a, b, "-o", a, "--overwrite")
+    assert code == 2
+    assert "is (or holds) an input of this run" in err
+    code, _, err = lfm("merge", "linear", a, b, "-o", f"{a}/merged")
+    assert code == 2
+    assert "lies in an input of this run" in err
+
+
+def test_a_dry_run_ends_as_the_run_would(lfm, family, tmp_path):
+    _, a, b = family
+    command = ["merge", "linear", a, b, "--dry-run"]
+    code, out, err = lfm(*command)
+    assert (code, err) == (2, "error: where to? pass -o FOLDER\n")
+    assert "merge linear" in out
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    code, _, err = lfm(*command, "-o", tmp_path / "mine")
+    assert code == 2
+    assert "exists already" in err
+    assert lfm(*command[:-1], "-o", tmp_path / "x")[0] == 0
+    code, _, err = lfm(*command, "-o", tmp_path / "x")
+    assert code == 0
+    assert "skipped if it is what would be made again" in err
+
+
+def test_done_before_keeps_the_report(lfm, family, tmp_path):
+    _, a, b = family
+    assert lfm("merge", "linear", a, b, "-o", tmp_path / "x")[0] == 0
+    (tmp_path / "x" / "report.html").write_text("with measures")
+    code, out, _ = lfm("merge", "linear", a, b, "-o", tmp_path / "x")
+    assert code == 0
+    assert "done before" in out
+    assert (tmp_path / "x" / "report.html").read_text() == "with measures"
+
+
+def test_json_has_no_word_for_infinity(capsys):
+    from lfm.cli import _print
+
+    _print.as_json({"perplexity": float("inf"), "loss": float("nan"), "x": 1.5, "where": Path("a")})
+    assert json.loads(capsys.readouterr().out) == {"perplexity": None, "loss": None, "x": 1.5, "where": "a"}
+
+
+def test_a_full_disk_ends_with_a_message(lfm, family, tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        code, out, err = lfm("merge", "linear", *family[1:], "-o", tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (code, out) == (1, "")
+    assert "could not be written: File too large; nothing was changed" in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_report_that_cannot_be_written_ends_with_a_message(lfm, family, tmp_path):
+    _, a, b = family
+    (tmp_path / "r.yaml").write_text(
+        f"lfm: 1\nsteps:\n  x: {{merge: linear, models: [{a}, {b}]}}\nout: {tmp_path / 'out'}\n"
+    )
+    (tmp_path / "out" / "report.html").mkdir(parents=True)
+    code, _, err = lfm("run", tmp_path / "r.yaml")
+    assert code == 1
+    assert "the report could not be written: Is a directory" in err
+
+
+def test_tables_wrap_their_last_column(capsys):
+    from lfm.cli import _print
+
+    _print.table(["name", "what"], [("a", "word " * 40), ("b", "")])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[3].startswith("      word")

@@ -282,6 +282,58 @@ def test_drift_is_the_divergence_token_by_token(writer, texts):
     assert found["agreement", "%"][name].value == pytest.approx(100 * np.mean(same))
 
 
+def test_a_model_whose_weights_are_broken_is_noted_and_gets_no_number(writer, texts):
+    folder, *_ = writer()
+    broken, other, _ = writer(1)
+    with torch.no_grad():
+        other.model.norm.weight[0] = torch.nan
+    other.save_pretrained(broken)
+    for measure in ("perplexity", "drift"):
+        _, _, made = measure_models([folder, broken], {measure: texts}, Settings(quiet=True))
+        assert {name for item in made.measurements for name in item.estimates} == {"model0"}
+        assert made.notes == ["model1 on texts: its probabilities are not numbers (NaN); its weights are broken"]
+
+
+def test_what_only_the_baseline_thinks_possible_is_infinitely_far_and_the_converse_is_not(texts):
+    from lfm.evaluate.measure import Measured, _drift_from
+    from lfm.evaluate.spec import Evaluate
+    from lfm.method import Access
+    from lfm.models.encode import Encoder, Examples
+    from lfm.models.handle import Model
+
+    class Fixed:
+        offers = Access.PROBS
+
+        def __init__(self, *probs):
+            self.probs = torch.tensor([probs])
+
+        def logits(self, batch):
+            return self.probs.log()
+
+        def complete(self, prompts, max_new_tokens):
+            return []
+
+    class One(Examples):
+        def __len__(self):
+            return 1
+
+        def batch(self, indices):
+            return {"labels": torch.tensor([0])}
+
+    def divergence(before, after):
+        encoder = Encoder("image-classification", classes={"a": 0, "b": 1, "c": 2})
+        models = [
+            Model(Fixed(*probs), Access.PROBS, "image-classification", encoder, "fixed") for probs in (before, after)
+        ]
+        found = Measured()
+        _drift_from(models[0])(found, "after", "data", models[1], One(), Evaluate())
+        return found.measurements[0].estimates["after"].value
+
+    assert divergence((0.5, 0.5, 0.0), (0.25, 0.75, 0.0)) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+    assert divergence((0.5, 0.5, 0.0), (0.25, 0.5, 0.25)) == pytest.approx(0.5 * math.log(2))
+    assert divergence((0.5, 0.25, 0.25), (0.5, 0.5, 0.0)) == math.inf
+
+
 # --- real checkpoints -----------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -57,7 +59,7 @@ def predicted(examples):
 
 
 def pairs(stream):
-    return list(zip(stream, stream[1:], strict=False))
+    return list(pairwise(stream))
 
 
 # --- plain text -----------------------------------------------------------------------------------------------------
@@ -227,14 +229,14 @@ def test_texts_are_cut_and_carry_the_class_of_their_label():
 
 def test_a_label_that_the_model_does_not_know_is_named_with_what_to_do():
     rows = Rows({"text": ["w1", "w2"], "label": ["good", "odd"]}, "rows")
-    with pytest.raises(RequestError, match="has no class called odd; it has bad, good. Tune it with --new-head"):
+    with pytest.raises(RequestError, match=r"has no class called odd; it has bad, good\. Tune it with --new-head"):
         encode(rows, words(), task="text-classification", classes={"bad": 0, "good": 1})
     with pytest.raises(RequestError, match=r"it has 0, 1, .* 9 \.\.\. \(12\)"):
         encode(rows, words(), task="text-classification", classes={str(i): i for i in range(12)})
 
 
 @pytest.mark.parametrize(
-    "task, columns",
+    ("task", "columns"),
     [
         ("causal-lm", {"label": ["a"]}),
         ("text-classification", {"text": ["w1"]}),

@@ -52,7 +52,9 @@ KINDS = {
     "llama-tied": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**LLAMA, tie_word_embeddings=True)),
     "llama-untied": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**LLAMA, tie_word_embeddings=False)),
     "gpt2": lambda: tf.GPT2LMHeadModel(
-        tf.GPT2Config(vocab_size=260, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=256, eos_token_id=256)
+        tf.GPT2Config(
+            vocab_size=260, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=256, eos_token_id=256
+        )
     ),
     "bert": lambda: tf.BertForSequenceClassification(tf.BertConfig(**BERT, num_labels=3)),
     "bert-mlm": lambda: tf.BertForMaskedLM(tf.BertConfig(**BERT)),
@@ -162,7 +164,9 @@ def test_shards_are_read_as_one_model(tmp_path):
 def test_an_encoder_decoder_is_refused_by_name(tmp_path):
     config = tf.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
     tf.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    with pytest.raises(RequestError, match=r"is an encoder-decoder \(T5ForConditionalGeneration\), which can be merged"):
+    with pytest.raises(
+        RequestError, match=r"is an encoder-decoder \(T5ForConditionalGeneration\), which can be merged"
+    ):
         load(tmp_path)
     with pytest.raises(RequestError, match="transformers cannot load it"):
         load({"ref": str(tmp_path), "task": "causal-lm"})
@@ -291,14 +295,14 @@ def test_a_config_that_does_not_say_what_it_is_for_needs_a_task(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     del config["architectures"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RequestError, match="does not say what it is for .*give it a task: causal-lm"):
+    with pytest.raises(RequestError, match=r"does not say what it is for .*give it a task: causal-lm"):
         load(folder)
     assert load({"ref": str(folder), "task": "causal-lm"}).task == "causal-lm"
 
 
 def test_weights_without_a_config_ask_for_their_code(tmp_path):
     save_file({"a.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
-    with pytest.raises(RequestError, match="no config.json; if it is a plain torch module"):
+    with pytest.raises(RequestError, match=r"no config\.json; if it is a plain torch module"):
         load(tmp_path)
 
 
@@ -336,7 +340,15 @@ def test_the_byte_tokenizer_brings_back_any_text(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     reloaded = tf.AutoTokenizer.from_pretrained(tmp_path)
-    texts = ["plain", "  two  spaces\n\ttab \r\n", "Füße — ŝ ∀x∈ℝ", "日本語 🙂👩‍👩‍👧", "\x00\x7f\u200b\ufeff", "é e\u0301", " "]
+    texts = [
+        "plain",
+        "  two  spaces\n\ttab \r\n",
+        "Füße — ŝ ∀x∈ℝ",
+        "日本語 🙂👩‍👩‍👧",
+        "\x00\x7f\u200b\ufeff",
+        "é e\u0301",
+        " ",
+    ]
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         assert len(ids) == len(text.encode())
@@ -457,8 +469,35 @@ def test_everything_that_does_not_fit_a_plain_module_is_listed(tmp_path):
         load({"ref": str(tmp_path), "module": f"{net}:resnet20"})
 
 
+def test_batch_norms_without_a_count_of_batches_are_loaded_and_saved_without_one(tmp_path):
+    tensors = {name: t for name, t in resnet20().state_dict().items() if not name.endswith("num_batches_tracked")}
+    folder = tmp_path / "in"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    code = f"{Path(__file__).parents[1] / 'nets.py'}:resnet20"
+    model = load({"ref": str(folder), "module": code})
+    out = written(model, tmp_path / "out")
+    assert open_checkpoint(out).digest == open_checkpoint(folder).digest
+    model.module.train()
+    model.module(torch.ones(2, 3, 8, 8))
+    assert not torch.equal(model.module.bn1.running_mean, tensors["bn1.running_mean"])
+
+
 @pytest.mark.parametrize(
-    "change, message",
+    ("wrong", "message"),
+    [
+        ({"mean": (0.5, 0.5)}, "mean has 2 values; give 1 or 3"),
+        ({"std": (0.1,) * 4}, "std has 4 values; give 1 or 3"),
+        ({"std": (0.1, 0.0, 0.1)}, "std must be above 0"),
+    ],
+)
+def test_an_image_format_has_one_value_for_each_channel(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ImageSpec(size=8, channels=3, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
     [
         ({"module": "build"}, "write `path/file.py:function`"),
         ({"module": "no/such.py:build"}, "no such file"),

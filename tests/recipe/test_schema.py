@@ -1,5 +1,6 @@
 """Recipes: everything wrong is said at once, with its line; nothing ends in a traceback."""
 
+import re
 import string
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from lfm.cli._root import shipped
 from lfm.errors import RequestError
+from lfm.method import cards
 from lfm.recipe._yaml import parse_yaml
 from lfm.recipe.schema import check_recipe, in_order, json_schema, load_recipe
 
@@ -110,7 +112,6 @@ def test_steps_run_after_what_they_take():
         ("- 1\n- 2\n", "a recipe is a mapping"),
         ("lfm: 1\nlfm: 1\n", "r.yaml:2: the key 'lfm' stands here twice"),
         ("lfm: 1\nno: 2\n", "the key 'no' is not text; put it in quotes"),
-        ("lfm: 1\nout: 2026-13-45\n", "r.yaml:2: out:"),
         ("lfm: [1\n", "not valid YAML"),
         ("lfm: 1\n\tsteps: {}\n", "r.yaml:2: not valid YAML"),
         ("lfm: !!python/object/apply:os.system [echo]\n", "r.yaml:1: not valid YAML here: the tag"),
@@ -200,3 +201,79 @@ def test_the_json_schema_takes_what_is_right_and_refuses_what_is_not():
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_shipped_recipes_are_right(name):
     assert load_recipe(shipped()[name]).steps
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ("'': {merge: linear, models: [a]}", "r.yaml:4: steps.: '' cannot name a folder of the run"),
+        (".hidden: {merge: linear, models: [a]}", "r.yaml:4: steps..hidden: '.hidden' cannot name a folder of the run"),
+        ("x/y: {merge: linear, models: [a]}", "r.yaml:4: steps.x/y: 'x/y' cannot name a folder of the run"),
+        ('"x\\ny": {merge: linear, models: [a]}', "r.yaml:4: steps.'x\\ny': 'x\\ny' cannot name a folder of the run"),
+        ("results.json: {merge: linear, models: [a]}", "'results.json' cannot name a folder of the run"),
+        ("a: {merge: linear, models: [b]}", "r.yaml:4: steps.a: 'a' is the name of a model too"),
+        (
+            "X: {merge: linear, models: [a]}\n  x: {merge: linear, models: [a]}",
+            "r.yaml:5: steps.x: 'x' and 'X' are one folder on some systems; give one another name",
+        ),
+        ("x: {merge: linear}", "r.yaml:4: steps.x.models: is missing: the models to merge (the sources)"),
+        ("x: {models: [a]}", "r.yaml:4: steps.x: a step has one of the keys tune, merge; got none"),
+        (
+            "x: {merge: linear, tune: full, models: [a]}",
+            "one of the keys tune, merge; got merge and tune",
+        ),
+        ("x: {merge: [linear], models: [a]}", "r.yaml:4: steps.x.merge: unknown method ['linear']"),
+        ("x: 3", "r.yaml:4: steps.x: Input should be a valid dictionary (got 3)"),
+        ("x: {merge: ties, models: [a], scale: .inf}", "steps.x.scale: Input should be a finite number (got inf)"),
+        ("x: {merge: linear, models: [a], weights: [.nan]}", "steps.x.weights.0: Input should be a finite number"),
+        ("x: {merge: linear, models: [{rf: a}]}", "r.yaml:4: steps.x.models.0.rf: unknown key; did you mean 'ref'?"),
+        (
+            "x: {tune: full, model: a, data: {path: t, prt: train}}",
+            "r.yaml:4: steps.x.data.prt: unknown key; did you mean 'part'?",
+        ),
+    ],
+)
+def test_a_step_that_cannot_be_is_told_with_its_line(steps, message):
+    found = problems_of(f"lfm: 1\nmodels: {{a: org/a, b: org/b}}\nsteps:\n  {steps}\nout: x\n")
+    assert any(message in problem for problem in found), found
+
+
+@pytest.mark.parametrize("name", ["a b", "été", "模型", "x+y", "x@1", "a.b", "~x"])
+def test_a_step_may_have_any_name_that_a_folder_can_have(name):
+    recipe = check_recipe(parse_yaml(f"lfm: 1\nsteps:\n  {name}: {{merge: linear, models: [org/a]}}\n", "r.yaml"))
+    assert list(recipe.steps) == [name]
+
+
+def test_wrong_types_do_not_hide_wrong_names():
+    text = GOOD.replace("density: 0.3", "density: 3").replace("compare: [base", "compare: [bse")
+    assert problems_of(text) == (
+        "r.yaml:8: steps.merged.density: Input should be less than or equal to 1 (got 3)",
+        "r.yaml:10: evaluate.compare.0: 'bse' is no model or step of this recipe; did you mean 'base'?",
+    )
+
+
+def test_models_name_no_other_models():
+    text = "lfm: 1\nmodels: {a: org/a, b: a}\nsteps:\n  x: {merge: linear, models: [a, b]}\n"
+    assert problems_of(text) == (
+        "r.yaml:2: models.b: 'a' is a name of this recipe; a model here is a folder or a hub name",
+    )
+
+
+def test_the_version_is_asked_for():
+    assert "r.yaml:1: lfm: is missing: version of the recipe language: 1" in problems_of("steps: {}\n")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/models.md"])
+def test_the_json_schema_takes_the_recipes_of_the_guide(page):
+    check = jsonschema.Draft202012Validator(json_schema())
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
+        check.validate({"lfm": 1, **yaml.safe_load(block)})
+
+
+def test_the_json_schema_describes_every_method_and_key():
+    alternatives = json_schema()["properties"]["steps"]["additionalProperties"]["oneOf"]
+    assert [item["title"] for item in alternatives] == [f"{verb} {name}" for verb, name in cards()]
+    for item, card in zip(alternatives, cards().values(), strict=True):
+        expected = {card.verb.name, *card.verb.inputs.model_fields, *card.parameters.model_fields}
+        assert set(item["properties"]) == expected

@@ -331,17 +331,16 @@ def test_a_merge_after_one_that_failed_is_as_if_nothing_had_been(tmp_path):
 # --- a process of its own
 
 MEASURED = """
-import re, sys, time
+import re, sys
 import lfm, numpy, torch
 from lfm.reuse.merge import _engine
 from lfm.recipe import execute, summary
 def peak():
     with open("/proc/self/status") as status:
         return int(re.search(r"VmHWM:\\s+(\\d+)", status.read())[1]) << 10
-before, started = peak(), time.process_time()
+before = peak()
 lfm.merge(sys.argv[1], sys.argv[4:], base=sys.argv[3], out=sys.argv[2], settings=lfm.Settings(threads=2))
-print(peak() - before, time.process_time() - started)
-print(*sorted({"transformers", "accelerate", "peft"} & set(sys.modules)))
+print(peak() - before, *sorted({"transformers", "accelerate", "peft"} & set(sys.modules)))
 """
 
 
@@ -351,10 +350,9 @@ def test_memory_is_bounded_by_the_chunk_and_nothing_large_is_imported(tmp_path):
     command = [sys.executable, "-c", MEASURED, "ties", str(tmp_path / "out"), model, model, model]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     shutil.rmtree(tmp_path)
-    peak, seconds, *imported = done.stdout.split()
+    peak, *imported = done.stdout.split()
     assert imported == []
     assert int(peak) < 150_000_000  # chunks of two threads, what the allocator keeps of them, and the report
-    assert float(seconds) < 8
 
 
 KILLED = """
@@ -377,7 +375,7 @@ for line in sys.stdin:
         print(lfm.merge("dare", models, base=base, out=out, settings=lfm.Settings(threads=2)).digest, flush=True)
         os._exit(0)
     print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print("exit", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -391,14 +389,14 @@ def test_a_killed_merge_leaves_nothing_half_and_a_rerun_gives_the_same(tmp_path)
     command, unfinished = [sys.executable, "-c", KILLED, *map(str, paths)], 0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as server:
         for _ in range(16):
-            server.stdin.write(f"0.01 {out}\n")
+            server.stdin.write(f"0.03 {out}\n")
             child = int(server.stdout.readline())
-            end = time.monotonic() + rng.uniform(0, 0.5)  # the merge takes 0.7 s at least
+            end = time.monotonic() + rng.uniform(0, 0.6)  # its pauses alone take a second
             while time.monotonic() < end:
                 assert not out.exists()
                 time.sleep(0.005)
             os.kill(child, signal.SIGKILL)
-            assert int(server.stdout.readline()) == -signal.SIGKILL
+            assert server.stdout.readline() == f"exit {-signal.SIGKILL}\n"
             assert not out.exists()
             if partial.exists():
                 unfinished += 1
@@ -406,7 +404,8 @@ def test_a_killed_merge_leaves_nothing_half_and_a_rerun_gives_the_same(tmp_path)
                 with pytest.raises((OSError, ValueError)):
                     AutoModelForCausalLM.from_pretrained(partial)
         server.stdin.write(f"0 {out}\n")
-        assert {server.stdout.readline().strip() for _ in range(3)} > {undisturbed.digest, "0"}
+        server.stdin.close()
+        assert server.stdout.read().split()[1:] == [undisturbed.digest, "exit", "0"]
     assert unfinished >= 8
     assert lfm.open_checkpoint(out).digest == undisturbed.digest
     assert not partial.exists()

@@ -72,7 +72,8 @@ def measure(models: Mapping[str, ModelRef], spec: Evaluate, context: Context) ->
                 continue
             for data, rows, look in _looks(spec, context, drift_from):
                 try:
-                    look(measured, name, data, model, model.encoder.encode(rows, spec.length), spec)
+                    examples = model.encoder.encode(rows, spec.length, labelled=look is _classify)
+                    look(measured, name, data, model, examples, spec)
                 except RequestError as error:
                     measured.notes.append(f"{name} on {data}: {error}")
                 progress.advance(1, f"{name} {data}")

@@ -60,14 +60,16 @@ class Encoder:
     context: int | None = None  # tokens that the model takes at most, where it says so
     pad: int = 0  # id behind shorter texts
 
-    def encode(self, rows: Rows, length: int, *, packed: bool = False) -> Examples:
+    def encode(self, rows: Rows, length: int, *, packed: bool = False, labelled: bool = True) -> Examples:
         """Return the rows as examples for this model, texts cut to `length` tokens (`packed`: see Windows).
 
-        Raises RequestError for rows that do not fit the model's task.
+        Without `labelled` a classifier's rows need no labels, and all are given the first class. Raises RequestError
+        for rows that do not fit the model's task.
         """
+        labels = self._labels(rows, labelled) if self.task.endswith("classification") else torch.empty(0)
         if self.task == "image-classification":
-            return Images(rows, self._spec(), self._labels(rows))
-        examples = self._tokens(rows, length, packed)
+            return Images(rows, self._spec(), labels)
+        examples = self._tokens(rows, length, packed, labels)
         if self.context is not None and examples.longest > self.context:
             raise RequestError(
                 f"{rows.origin}: has texts of {examples.longest} tokens, and the model takes {self.context}; "
@@ -75,13 +77,13 @@ class Encoder:
             )
         return examples
 
-    def _tokens(self, rows: Rows, length: int, packed: bool) -> Tokens:
+    def _tokens(self, rows: Rows, length: int, packed: bool, labels: torch.Tensor) -> Tokens:
         if self.tokenizer is None:
             raise RequestError(
                 f"{rows.origin}: text needs a tokenizer, and the model has none; name one (`tokenizer:`)"
             )
         if self.task == "text-classification":
-            return Texts(rows, self.tokenizer, length, self._labels(rows), self.pad)
+            return Texts(rows, self.tokenizer, length, labels, self.pad)
         if rows.kind == "instruction":
             return Answers(rows, self.tokenizer, length)
         if "text" in rows.columns:
@@ -93,9 +95,12 @@ class Encoder:
             raise RequestError("an image model needs to know its input: give the model `image: {size: ..., mean: ...}`")
         return self.image
 
-    def _labels(self, rows: Rows) -> torch.Tensor:
-        if not {"label", "image" if self.image else "text"} <= rows.columns.keys():
+    def _labels(self, rows: Rows, labelled: bool) -> torch.Tensor:
+        needed = {"image" if self.image else "text"} | ({"label"} if labelled else set())
+        if not needed <= rows.columns.keys():
             raise _does_not_fit(rows, self.task)
+        if not labelled:
+            return torch.zeros(len(rows), dtype=torch.long)
         names = [_plain(label) for label in rows.columns["label"]]
         known = self.classes or {}
         unknown = sorted({name for name in names if name not in known})
@@ -148,9 +153,7 @@ class Windows(Tokens):
         if packed:
             streams = [torch.cat([_delimited(stream, tokenizer) for stream in streams])]
         step = length - 1
-        self._ids = [
-            stream[start : start + length] for stream in streams for start in range(0, len(stream) - 1, step)
-        ]
+        self._ids = [stream[start : start + length] for stream in streams for start in range(0, len(stream) - 1, step)]
         if not self._ids:
             raise RequestError(f"{rows.origin}: no text of two tokens or more, which a prediction takes")
         self._characters = sum(map(len, documents))
@@ -229,7 +232,7 @@ class Images(Examples):
         if isinstance(self._images, np.ndarray):
             pixels = self._resized(self._images[list(indices)])
         else:
-            pixels = torch.cat([self._resized(np.asarray(self._images[i])[None]) for i in indices])
+            pixels = torch.cat([self._resized(np.array(self._images[i])[None]) for i in indices])
         return {"pixel_values": (pixels - self._mean) / self._std, "labels": self._classes[list(indices)]}
 
     def _resized(self, images: np.ndarray) -> torch.Tensor:

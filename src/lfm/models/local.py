@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import logging
+import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 
 import torch
@@ -20,9 +25,11 @@ from lfm.checkpoint import (
     OutputFolder,
     Patched,
     Spec,
+    Weights,
     dtype_name,
     open_checkpoint,
     read_json,
+    torch_dtype,
 )
 from lfm.errors import LfmError, RequestError, did_you_mean
 from lfm.method import Access
@@ -32,6 +39,7 @@ from lfm.models.handle import Model
 from lfm.models.ref import ImageSpec, ModelRef, Task
 from lfm.recipe.step import Outline
 
+LOG = logging.getLogger("lfm")
 AUTO_CLASSES: dict[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
@@ -115,7 +123,7 @@ def load_model(
     `new_head`; new weights are drawn from `seed`. Raises RequestError for models that cannot be loaded or do not fit.
     """
     if ref.module:
-        module, task, encoder = _plain_module(ref, classes, new_head, seed, allow_pickle)
+        module, task, encoder = _plain_module(ref, task or ref.task, classes, new_head, seed, allow_pickle)
     else:
         module, task, encoder = _transformers_model(ref, task or ref.task, classes, new_head, seed, allow_pickle)
     try:
@@ -169,9 +177,22 @@ def _transformers_model(
         config.pad_token_id = next((found for found in ids if found is not None), 0)
     module = _made(ref, task, config, checkpoint, new_head, seed)
     image = (ref.image or _image_spec(config, folder)) if task == "image-classification" else None
-    context = getattr(config, "max_position_embeddings", None)
+    if tokenizer is not None and (ref.tokenizer or ref.config) and len(tokenizer) > config.vocab_size:
+        raise RequestError(
+            f"{ref.label}: its tokenizer has {len(tokenizer):,} tokens, and its vocab_size is {config.vocab_size:,}"
+        )
     pad = getattr(config, "pad_token_id", None)
-    return module, task, Encoder(task, tokenizer, image, own, context, pad or 0)
+    return module, task, Encoder(task, tokenizer, image, own, _context(module, config), pad or 0)
+
+
+def _context(module: nn.Module, config: Any) -> int | None:
+    """Return how many tokens a model takes; tables of positions that begin behind padding have fewer than rows."""
+    found = [
+        table.num_embeddings - table.padding_idx - 1
+        for name, table in module.named_modules()
+        if isinstance(table, nn.Embedding) and "position" in name and table.padding_idx is not None
+    ]
+    return min([*found, *filter(None, [getattr(config, "max_position_embeddings", None)])], default=None)
 
 
 def _made(
@@ -183,19 +204,26 @@ def _made(
     with _seeded(seed), _quiet_transformers():
         try:
             if checkpoint is None:
-                module: nn.Module = cls.from_config(config)
+                module: nn.Module = cls.from_config(config, dtype=torch.float32, trust_remote_code=False)
             else:
-                options = {"config": config, "ignore_mismatched_sizes": new_head, "output_loading_info": True}
+                options = {
+                    "config": config,
+                    "dtype": torch.float32,
+                    "ignore_mismatched_sizes": new_head,
+                    "output_loading_info": True,
+                    "trust_remote_code": False,
+                }
                 if isinstance(checkpoint.weights, (Patched, MemoryWeights)):
                     tensors = {name: checkpoint.tensor(name) for name in checkpoint.specs}
                     with torch.device("meta"):
-                        made = type(cls.from_config(config))  # the Auto classes want a folder
+                        made = type(cls.from_config(config, trust_remote_code=False))  # the Auto classes want a folder
                     module, report = made.from_pretrained(None, state_dict=tensors, **options)
+                    _read_generation_config(module, checkpoint.folder)
                 else:
                     module, report = cls.from_pretrained(checkpoint.folder, **options)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise RequestError(
-                f"{ref.label}: transformers cannot load it: {_first_line(error)}"
+                f"{ref.label}: transformers cannot load it: {_first_line(error)}{_own_code(config)}"
             ) from error
         if checkpoint is not None:
             _check_filled(module, report, ref, new_head or task not in _trained_for(config))
@@ -204,8 +232,24 @@ def _made(
     return module
 
 
+def _read_generation_config(module: Any, folder: Path) -> None:
+    """Do what transformers does with a folder, and not with a state dict."""
+    if module.can_generate() and (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        module.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _own_code(config: Any) -> str:
+    brings = getattr(config, "auto_map", None)
+    return "; it brings code of its own, which is not run" if brings else ""
+
+
 def _check_filled(module: nn.Module, report: Mapping[str, Any], ref: ModelRef, head_is_new: bool) -> None:
-    """Refuse what transformers fills with random numbers without a word, all but the layers of a new head."""
+    """Refuse what transformers fills with random numbers without a word, all but the layers of a new head.
+
+    Weights that find no place are told; those of an old head are meant to be left behind.
+    """
     drawn = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if head_is_new:
         found = anatomy(module)
@@ -213,6 +257,11 @@ def _check_filled(module: nn.Module, report: Mapping[str, Any], ref: ModelRef, h
     if drawn:
         more = f" and {len(drawn) - 8:,} more" if len(drawn) > 8 else ""
         raise RequestError(f"{ref.label}: its weights lack {', '.join(drawn[:8])}{more}, or have them in other shapes")
+    stacks = tuple({f"{block.stack}." for block in anatomy(module).blocks})
+    unused = [name for name in sorted(report["unexpected_keys"]) if not head_is_new or name.startswith(stacks)]
+    if unused:
+        more = f" and {len(unused) - 8:,} more" if len(unused) > 8 else ""
+        LOG.warning("warning: %s: weights without a place in the model: %s%s", ref.label, ", ".join(unused[:8]), more)
 
 
 def _renew_head(module: nn.Module, config: Any) -> None:
@@ -232,7 +281,7 @@ def _auto_class(task: Task) -> Any:
 
 def _config(ref: ModelRef, checkpoint: Checkpoint | None = None) -> Any:
     """Return the transformers config of a model."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     if checkpoint is not None:
         content = checkpoint.config
@@ -247,24 +296,23 @@ def _config(ref: ModelRef, checkpoint: Checkpoint | None = None) -> Any:
     kind = settings.pop("model_type", None)
     if not isinstance(kind, str):
         raise RequestError(f"{ref.label}: its config names no model_type")
+    if kind not in CONFIG_MAPPING:
+        code = "; it brings code of its own, which is not run" if "auto_map" in settings else ""
+        hint = did_you_mean(kind, CONFIG_MAPPING) or code
+        raise RequestError(f"{ref.label}: transformers knows no model_type {kind!r}{hint}")
     try:
         return AutoConfig.for_model(kind, **settings)
-    except ValueError:
-        from transformers import CONFIG_MAPPING
-
-        hint = did_you_mean(kind, CONFIG_MAPPING)
-        raise RequestError(f"{ref.label}: transformers knows no model_type {kind!r}{hint}") from None
+    except Exception as error:  # each model has checks of its own
+        raise RequestError(f"{ref.label}: its config is not valid: {' '.join(str(error).split())}") from None
 
 
 def _task(asked: Task | None, config: Any, ref: ModelRef) -> Task:
     """Return what the model is for: as asked, or as the class names in its config end."""
-    if asked is not None:
-        return asked
-    for name in config.architectures or ():
-        for ending, task in ENDINGS.items():
-            if name.endswith(ending):
-                return task
-    if getattr(config, "is_encoder_decoder", False):
+    found = asked or next(iter(_trained_for(config)), None)
+    both_halves = getattr(config, "is_encoder_decoder", False)
+    if found is not None and not (both_halves and found in ("causal-lm", "masked-lm")):
+        return found
+    if both_halves:
         raise RequestError(
             f"{ref.label}: is an encoder-decoder ({', '.join(config.architectures or [config.model_type])}), "
             f"which can be merged but neither run nor trained; what can: {', '.join(get_args(Task))}"
@@ -275,9 +323,9 @@ def _task(asked: Task | None, config: Any, ref: ModelRef) -> Task:
     )
 
 
-def _trained_for(config: Any) -> set[Task]:
+def _trained_for(config: Any) -> list[Task]:
     names = config.architectures or ()
-    return {task for name in names for ending, task in ENDINGS.items() if name.endswith(ending)}
+    return [task for name in names for ending, task in ENDINGS.items() if name.endswith(ending)]
 
 
 def _with_classes(
@@ -305,6 +353,8 @@ def _image_spec(config: Any, folder: Path | None) -> ImageSpec:
     path = folder / "preprocessor_config.json" if folder else None
     saved = read_json(path) if path is not None and path.is_file() else {}
     size = saved.get("size", getattr(config, "image_size", None))
+    if saved.get("do_center_crop"):
+        size = saved.get("crop_size", size)
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge")
     if isinstance(size, (list, tuple)):
@@ -334,7 +384,7 @@ def _tokenizer(ref: ModelRef, folder: Path | None, task: Task) -> Any:
         return None
     try:
         with _quiet_transformers():
-            return AutoTokenizer.from_pretrained(source)
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing more special
         raise RequestError(f"{ref.label}: its tokenizer cannot be loaded: {_first_line(error)}") from error
 
@@ -360,7 +410,7 @@ def byte_tokenizer() -> Any:
 
 
 def _plain_module(
-    ref: ModelRef, classes: Mapping[str, int] | None, new_head: bool, seed: int, allow_pickle: bool
+    ref: ModelRef, task: Task | None, classes: Mapping[str, int] | None, new_head: bool, seed: int, allow_pickle: bool
 ) -> tuple[nn.Module, Task, Encoder]:
     with _seeded(seed):
         module = _build_plain(ref)
@@ -368,9 +418,7 @@ def _plain_module(
     if ref.ref:
         checkpoint = open_checkpoint(ref.ref, allow_pickle=allow_pickle)
         saved = (checkpoint.config or {}).get("label2id", {})
-        # How many batches a norm has seen is counted since torch 0.4.1, and many published weights leave it out.
-        tensors = {name: count for name, count in module.state_dict().items() if name.endswith("num_batches_tracked")}
-        tensors |= {name: checkpoint.tensor(name) for name in checkpoint.specs}
+        tensors = {name: checkpoint.tensor(name) for name in checkpoint.specs}
         if not new_head:
             _fit_head(module, tensors)
         names = set(tensors)
@@ -388,7 +436,7 @@ def _plain_module(
             _replace_head(module, head, len(classes))
     count = _classes(module, head)
     own = classes if classes is not None and new_head else saved or {str(index): index for index in range(count)}
-    task: Task = ref.task or "image-classification"
+    task = task or "image-classification"
     return module, task, Encoder(task, None, ref.image, own)
 
 
@@ -438,28 +486,37 @@ def _build_plain(ref: ModelRef) -> nn.Module:
     place, _, name = str(ref.module).rpartition(":")
     if not place:
         raise RequestError(f"module: {ref.module}: write `path/file.py:function` or `package.module:function`")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise RequestError(f"module: {place}: no such file")
     try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            if spec is None or spec.loader is None or not Path(place).is_file():
-                raise RequestError(f"module: {place}: no such file")
-            found = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(found)
-        else:
-            found = importlib.import_module(place)
-        build = getattr(found, name)
-    except ImportError as error:
-        raise RequestError(f"module: {place}: {error}") from error
-    except AttributeError:
-        raise RequestError(f"module: {place} has no {name!r}{did_you_mean(name, vars(found))}") from None
+        found = _run_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:  # whatever their code raises
+        raise RequestError(f"module: {place}: {type(error).__name__}: {_first_line(error)}") from error
+    build = getattr(found, name, None)
+    if not callable(build):
+        raise RequestError(f"module: {place} has no function {name!r}{did_you_mean(name, vars(found))}")
     try:
         inspect.signature(build).bind(**ref.arguments)
     except TypeError as error:
         raise RequestError(f"module: {ref.module}: {error}; say so under `arguments`") from None
-    module = build(**ref.arguments)
+    try:
+        module = build(**ref.arguments)
+    except Exception as error:  # whatever their code raises
+        raise RequestError(f"module: {ref.module}: {type(error).__name__}: {_first_line(error)}") from error
     if not isinstance(module, nn.Module):
         raise RequestError(f"module: {ref.module} returned {type(module).__name__}, not a torch module")
     return module
+
+
+def _run_file(path: Path) -> ModuleType:
+    """Import a file under a name of its own, which dataclasses and their kind look up while it is run."""
+    name = f"lfm_module_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    found = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
 
 
 def _state_problems(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -481,37 +538,46 @@ def _state_problems(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> l
 def save_model(model: Model, folder: OutputFolder, dtype: torch.dtype | None) -> tuple[str, dict[str, str]]:
     """Write a model with everything that it needs into an output folder; returns digest and tensor digests.
 
-    Floating-point weights are cast to `dtype` where one is given.
+    Floating-point weights are cast to `dtype` where one is given; the model itself stays as it is.
     """
-    module = model.module.cpu()
-    if dtype is not None:
-        module = module.to(dtype)
-    if hasattr(module, "save_pretrained"):
-        # transformers knows how its names in memory map to those on disk; its files are re-written by our writer.
-        draft = folder.resume / "saved"
-        with _quiet_transformers():
-            save: Any = module.save_pretrained
-            save(draft)
-        weights = open_checkpoint(draft).weights
-        folder.copy({path.name: path for path in sorted(draft.glob("*config.json"))})
-    else:
-        weights = MemoryWeights(unique_tensors(module))
-        classes = dict(model.encoder.classes or {})
-        if classes != {str(index): index for index in range(len(classes))}:
-            names = {str(index): name for name, index in classes.items()}
-            folder.write_json("config.json", {"id2label": names, "label2id": classes})
-    writer = folder.tensors(weights.specs)
-    for name in weights.specs:
+    module, own = model.module, hasattr(model.module, "save_pretrained")
+    weights: Weights = _renamed(module, folder, dtype) if own else MemoryWeights(unique_tensors(module))
+    specs = {
+        name: Spec(dtype_name(dtype), spec.shape) if dtype is not None and spec.floating else spec
+        for name, spec in weights.specs.items()
+    }
+    writer = folder.tensors(specs)
+    for name, spec in specs.items():
         for _, part in weights.chunks(name, 1 << 20):
-            if part.is_floating_point() and not torch.isfinite(part).all():
+            cast = part.to(torch_dtype(spec.dtype))
+            if spec.floating and not torch.isfinite(cast).all():
                 raise LfmError(f"tensor {name!r} holds NaN or Inf after training; lower the learning rate")
-            writer.write(name, part)
+            writer.write(name, cast)
     digest = writer.finish()
-    if model.encoder.tokenizer is not None:
-        model.encoder.tokenizer.save_pretrained(folder.partial)
-    if model.encoder.image is not None and hasattr(module, "save_pretrained"):
-        folder.write_json("preprocessor_config.json", _preprocessor(model.encoder.image))
+    encoder = model.encoder
+    if encoder.tokenizer is not None:
+        encoder.tokenizer.save_pretrained(folder.partial)
+    if encoder.image is not None and own:
+        folder.write_json("preprocessor_config.json", _preprocessor(encoder.image))
+    classes = dict(encoder.classes or {})
+    if not own and classes != {str(index): index for index in range(len(classes))}:
+        names = {str(index): name for name, index in classes.items()}
+        folder.write_json("config.json", {"id2label": names, "label2id": classes})
     return digest, writer.digests()
+
+
+def _renamed(module: Any, folder: OutputFolder, dtype: torch.dtype | None) -> Weights:
+    """Let transformers save, which knows how its names in memory map to those on disk; only the weights are left."""
+    draft = folder.resume / "saved"
+    shutil.rmtree(draft, ignore_errors=True)
+    with _quiet_transformers():
+        module.save_pretrained(draft)
+    for path in sorted(draft.glob("*config.json")):
+        content = read_json(path)
+        if dtype is not None and "dtype" in content:
+            content["dtype"] = str(dtype).removeprefix("torch.")
+        folder.write_json(path.name, content)
+    return open_checkpoint(draft).weights
 
 
 def _preprocessor(image: ImageSpec) -> dict[str, Any]:

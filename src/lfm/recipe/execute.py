@@ -45,6 +45,8 @@ def plan(recipe: Recipe, settings: Settings, out: Path | None = None) -> RunPlan
     """Plan every step from headers alone; reads no weights and writes nothing."""
     catalogue = Catalogue(recipe, settings, out or recipe.out)
     made = RunPlan(catalogue)
+    if not recipe.steps and not (recipe.models and recipe.evaluate):
+        made.problems.append("nothing to do: give the recipe steps, or models and what to evaluate")
     for step in in_order(recipe.steps):
         prefix = "" if recipe.single else f"step {step.name}: "
         try:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,8 +123,9 @@ def check_recipe(located: Located, text: str = "") -> Recipe:
             step = check_step(name, raw, located, ("steps", name), problems)
             if step is not None:
                 steps[name] = step
-    if frame is not None and not problems:
+    if frame is not None:
         problems += [f"{located.where(place)}: {text}" for place, text in _name_problems(frame, steps)]
+    if not problems:
         problems += [f"{located.where(('steps', name))}: {text}" for name, text in _cycles(steps)]
     if problems or frame is None:
         raise RequestError(*problems)
@@ -138,7 +139,9 @@ def check_step(name: str, raw: Mapping[str, Any], located: Located, place: Place
     if len(named) != 1:
         known = ", ".join(verbs())
         hints = "".join(did_you_mean(key, verbs()) for key in raw if key not in verbs()) if not named else ""
-        problems.append(f"{located.where(place)}: a step has one of the keys {known}; got {named or 'none'}{hints}")
+        problems.append(
+            f"{located.where(place)}: a step has one of the keys {known}; got {' and '.join(named) or 'none'}{hints}"
+        )
         return None
     verb, method = verbs()[named[0]], raw[named[0]]
     known_methods = methods_of(verb.name)
@@ -218,8 +221,8 @@ def _models_in(annotation: Any) -> list[Any]:
 
 def _name_problems(frame: _Frame, steps: Mapping[str, Step]) -> Iterator[tuple[Place, str]]:
     """Yield what is wrong with names: used twice, unsafe as folders, or near misses of names that exist."""
-    names = [*frame.models, *steps]
-    yield from _step_names(frame.models, steps)
+    names = [*frame.models, *frame.steps]
+    yield from _step_names(frame.models, frame.steps)
     for name, model in frame.models.items():
         if model.ref in names and not _is_there(str(model.ref)):
             yield ("models", name), f"{model.ref!r} is a name of this recipe; a model here is a folder or a hub name"
@@ -235,17 +238,15 @@ def _name_problems(frame: _Frame, steps: Mapping[str, Step]) -> Iterator[tuple[P
                 yield ("evaluate", "compare", index), _no_such_name(name, names)
         if frame.evaluate.baseline is not None and frame.evaluate.baseline not in names:
             yield ("evaluate", "baseline"), _no_such_name(frame.evaluate.baseline, names)
-    if not steps and not (frame.models and frame.evaluate):
-        yield (), "nothing to do: a recipe has steps, or models and what to evaluate"
 
 
-def _step_names(models: Mapping[str, ModelRef], steps: Mapping[str, Step]) -> Iterator[tuple[Place, str]]:
+def _step_names(models: Iterable[str], steps: Iterable[str]) -> Iterator[tuple[Place, str]]:
     """Yield what keeps the steps from having a name, and a folder, each of their own."""
     folders: dict[str, str] = {}
     for name in steps:
         if name in models:
             yield ("steps", name), f"{name!r} is the name of a model too"
-        if Path(name).name != name or name.startswith(".") or not name.isprintable() or name in RESERVED:
+        if not name or Path(name).name != name or name[0] == "." or not name.isprintable() or name in RESERVED:
             yield ("steps", name), f"{name!r} cannot name a folder of the run"
         other = folders.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other != name:
