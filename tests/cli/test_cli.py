@@ -229,6 +229,12 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert "Exception" not in done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_an_answer_that_cannot_be_written_ends_with_a_message():
+    done = run(["bash", "-c", f"{sys.executable} -m lfm methods > /dev/full"])
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
 def test_an_interrupt_ends_with_130(monkeypatch, capsys):
     from lfm.cli import _root
 

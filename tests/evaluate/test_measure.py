@@ -221,6 +221,23 @@ def test_measures_that_do_not_suit_a_model_are_refused_by_name(writer, texts, tm
     assert "its tokenizer is not that of the baseline" in notes([folder, str(other)], drift=texts)[0]
 
 
+def test_drift_needs_no_labels_and_none_that_the_model_knows(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "unlabelled.npz", images=images)
+    np.savez(tmp_path / "foreign.npz", images=images, labels=np.full(12, 99))
+    for name in ("unlabelled", "foreign"):
+        found = measured(
+            [{"config": VIT}, {"config": VIT | {"hidden_act": "relu"}}], drift=str(tmp_path / f"{name}.npz")
+        )
+        assert [estimate.n for estimate in found["agreement", "%"].values()] == [12, 12]
+
+
+def test_what_could_not_be_measured_is_told(texts, tmp_path, caplog):
+    silent = str(write_llama(tmp_path / "silent"))
+    assert lfm.evaluate([silent], {"perplexity": texts}, settings=Settings(quiet=True)) == []
+    assert "note: silent on texts: " in caplog.text
+
+
 # --- language models ------------------------------------------------------------------------------------------------
 
 

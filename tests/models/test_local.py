@@ -14,6 +14,7 @@ from tests.nets import resnet20
 from torch import nn
 
 from lfm.checkpoint import OutputFolder, open_checkpoint
+from lfm.data import Rows
 from lfm.errors import AccessError, LfmError, RequestError
 from lfm.method import Access
 from lfm.models.encode import inputs_of
@@ -168,7 +169,7 @@ def test_an_encoder_decoder_is_refused_by_name(tmp_path):
         RequestError, match=r"is an encoder-decoder \(T5ForConditionalGeneration\), which can be merged"
     ):
         load(tmp_path)
-    with pytest.raises(RequestError, match="transformers cannot load it"):
+    with pytest.raises(RequestError, match="is an encoder-decoder"):
         load({"ref": str(tmp_path), "task": "causal-lm"})
 
 
@@ -627,3 +628,162 @@ def test_a_device_that_is_not_there_is_refused(tmp_path):
     folder = saved("llama-tied", tmp_path / "in")
     with pytest.raises(RequestError, match="cannot be moved to cuda"):
         load(folder, device="cuda")
+
+
+# --- what a checkpoint may bring, and may not -----------------------------------------------------------------------
+
+
+def changed(folder, file="config.json", **settings):
+    path = folder / file
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | settings))
+    return folder
+
+
+def plain_llama(folder, **settings):
+    config = tf.LlamaConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=256,
+        **settings,
+    )
+    tf.LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_code_that_a_checkpoint_brings_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run it"))
+    (tmp_path / "code.py").write_text("raise SystemExit('was run')")
+    own = {"auto_map": {"AutoConfig": "code.C", "AutoModelForImageClassification": "code.M"}}
+    folder = changed(plain_llama(tmp_path), **own, architectures=["CodeForImageClassification"])
+    with pytest.raises(RequestError, match="brings code of its own, which is not run"):
+        load(folder)
+    changed(folder, model_type="code")
+    with pytest.raises(RequestError, match=r"no model_type 'code'.*brings code of its own, which is not run"):
+        load(folder)
+    changed(folder, model_type="llama", architectures=["LlamaForCausalLM"])
+    assert load(folder).task == "causal-lm"
+    changed(folder, "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.T", None]}, tokenizer_class="Code")
+    with pytest.raises(RequestError, match="its tokenizer cannot be loaded"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"hidden_size": "wide"}, "expected int, got str"), ({"num_attention_heads": 3}, "not a multiple")],
+)
+def test_a_config_that_transformers_refuses_is_refused_with_its_reason(tmp_path, settings, message):
+    with pytest.raises(RequestError, match=rf"its config is not valid: .*{message}"):
+        load(changed(plain_llama(tmp_path), **settings))
+
+
+def test_weights_are_computed_in_float32_whatever_the_config_says(tmp_path):
+    folder = plain_llama(tmp_path)
+    exact = {name: tensor.clone() for name, tensor in load(folder).module.state_dict().items()}
+    found = load(changed(folder, dtype="bfloat16")).module.state_dict()
+    assert all(torch.equal(tensor, exact[name]) for name, tensor in found.items())
+
+
+def test_weights_without_a_place_are_told(tmp_path, caplog):
+    folder = plain_llama(tmp_path)
+    changed(folder, num_hidden_layers=1)
+    load(folder)
+    assert "weights without a place in the model: model.layers.1.input_layernorm.weight" in caplog.text
+    assert "and 1 more" in caplog.text
+
+
+def test_saving_leaves_the_model_as_it_was(tmp_path):
+    model = load(plain_llama(tmp_path / "model"))
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    with OutputFolder(tmp_path / "out", key="") as folder:
+        save_model(model, folder, torch.bfloat16)
+        folder.commit()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.module.state_dict().items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    saved = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert saved.dtype == torch.bfloat16
+    assert torch.equal(saved.lm_head.weight, before["lm_head.weight"].bfloat16())
+
+
+def test_how_a_model_generates_is_kept_also_under_an_adapter(tmp_path):
+    folder = plain_llama(tmp_path / "model")
+    changed(folder, "generation_config.json", eos_token_id=[256, 10], temperature=0.5, do_sample=True)
+    weights = {"q_proj": torch.zeros(2, 16), "o": torch.zeros(16, 2)}
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    (tmp_path / "adapter").mkdir()
+    adapter = {f"{prefix}A.weight": weights["q_proj"], f"{prefix}B.weight": weights["o"]}
+    save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    for name, ref in (("alone", str(folder)), ("under", f"{folder}+{tmp_path / 'adapter'}")):
+        with OutputFolder(tmp_path / name, key="") as out:
+            save_model(load(ref), out, None)
+            out.commit()
+        kept = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert (kept["eos_token_id"], kept["temperature"], kept["do_sample"]) == ([256, 10], 0.5, True)
+
+
+def test_half_of_an_encoder_decoder_is_not_taken_for_a_language_model(tmp_path):
+    config = tf.BartConfig(
+        vocab_size=32,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        pad_token_id=1,
+    )
+    tf.BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(RequestError, match="is an encoder-decoder"):
+        load({"ref": str(tmp_path), "task": "causal-lm"})
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused():
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 100}
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(RequestError, match="its tokenizer has 257 tokens, and its vocab_size is 100"):
+        load({"config": config | small, "tokenizer": "bytes"})
+
+
+def test_positions_that_begin_behind_padding_count_less(tmp_path):
+    config = tf.RobertaConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=34,
+    )
+    tf.RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    encoder = load(tmp_path).encoder
+    rows = Rows({"text": ["a" * 40], "label": [0]}, "rows")
+    assert encoder.encode(rows, 32).batch([0])["input_ids"].shape == (1, 32)
+    with pytest.raises(RequestError, match="the model takes 32"):
+        encoder.encode(rows, 34)
+
+
+def test_code_that_fails_is_told_in_one_line_and_code_that_looks_itself_up_works(tmp_path):
+    file = tmp_path / "net.py"
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from torch import nn\n"
+        "@dataclass\n"
+        "class Settings:\n"
+        "    width: int = 3\n"
+        "def net(): return nn.Sequential(nn.Flatten(), nn.Linear(Settings().width, 2))\n"
+        "def broken(): return 1 / 0\n"
+    )
+    image = {"size": 1, "channels": 3}
+    assert load({"module": f"{file}:net", "image": image}).module[1].in_features == 3
+    with pytest.raises(RequestError, match=r"net\.py:broken: ZeroDivisionError: division by zero"):
+        load({"module": f"{file}:broken", "image": image})
+    file.write_text("def net(:")
+    with pytest.raises(RequestError, match=r"net\.py: SyntaxError"):
+        load({"module": f"{file}:net", "image": image})

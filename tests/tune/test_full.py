@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -162,6 +164,44 @@ def test_the_validation_loss_does_not_depend_on_the_size_of_a_batch(assets, stor
         tune(Full(steps=1, batch_size=size, learning_rate=0), stories, {**plays, "limit": 20}, out, **options)
         found.append(metrics(out)["best_validation_loss"])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+KILLED = """
+import sys, torch, lfm
+from lfm.tune.weights.full import Full
+torch.set_num_threads(1)
+model, data, out = sys.argv[1:]
+method = Full(steps=40, batch_size=4, learning_rate=1e-3, accumulate=2, patience=9, validate_every=4)
+settings = lfm.Settings(quiet=True, save_seconds=float("inf" if out.endswith("whole") else 0))
+rows = {"path": data, "limit": 60}
+lfm.tune(method, model, {**rows, "part": "train"}, validation={**rows, "part": "held_out"}, out=out, length=16,
+         settings=settings)
+"""
+
+
+def test_a_command_that_is_killed_again_and_again_makes_the_same_model(stories, assets, tmp_path):
+    data = str(assets / "data" / "tiny-shakespeare.txt")
+
+    def start(name):
+        return subprocess.Popen([sys.executable, "-c", KILLED, stories, data, str(tmp_path / name)])
+
+    moments = ["resume/step-000000002", "resume/step-00000001*", "resume/step-00000003*", "resume/saved", "*.draft"]
+    for moment in moments:
+        process = start("killed")
+        while process.poll() is None and not any((tmp_path / "killed.partial").glob(moment)):
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert process.returncode == -signal.SIGKILL, "it was done before it could be killed"
+        with pytest.raises(RequestError, match="unfinished"):
+            lfm.load(str(tmp_path / "killed.partial"))
+    last, whole = start("killed"), start("whole")
+    assert (last.wait(), whole.wait()) == (0, 0)
+    killed, undisturbed = (lfm.open_checkpoint(tmp_path / name) for name in ("killed", "whole"))
+    assert killed.digest == undisturbed.digest
+    logs = [(tmp_path / name / "training.jsonl").read_bytes() for name in ("killed", "whole")]
+    assert logs[0] == logs[1]
+    assert not (tmp_path / "killed.partial").exists()
 
 
 def test_the_same_run_has_the_same_bits_and_another_seed_has_not(stories, assets, tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
 
 import click
 
+from lfm.checkpoint._write import DISK_ERRORS
 from lfm.cli._root import root
 from lfm.errors import LfmError, RequestError, did_you_mean
 
@@ -26,11 +28,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return 130
-    except BrokenPipeError:
-        # Whoever read the answer has had enough. Python would complain when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, *DISK_ERRORS):
+            raise
+        _give_up_stdout()
+        if error.errno != errno.EPIPE:  # otherwise whoever read the answer has had enough
+            click.echo(f"error: {error.strerror}{': ' + str(error.filename) if error.filename else ''}", err=True)
         return 1
     return int(code or 0)
+
+
+def _give_up_stdout() -> None:
+    """Let what is left of the answer go nowhere; Python would complain when it flushes stdout at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage(error: click.ClickException) -> str:

@@ -66,10 +66,9 @@ class Encoder:
         Without `labelled` a classifier's rows need no labels, and all are given the first class. Raises RequestError
         for rows that do not fit the model's task.
         """
-        labels = self._labels(rows, labelled) if self.task.endswith("classification") else torch.empty(0)
         if self.task == "image-classification":
-            return Images(rows, self._spec(), labels)
-        examples = self._tokens(rows, length, packed, labels)
+            return Images(rows, self._spec(), self._labels(rows, labelled))
+        examples = self._tokens(rows, length, packed, labelled)
         if self.context is not None and examples.longest > self.context:
             raise RequestError(
                 f"{rows.origin}: has texts of {examples.longest} tokens, and the model takes {self.context}; "
@@ -77,13 +76,13 @@ class Encoder:
             )
         return examples
 
-    def _tokens(self, rows: Rows, length: int, packed: bool, labels: torch.Tensor) -> Tokens:
+    def _tokens(self, rows: Rows, length: int, packed: bool, labelled: bool) -> Tokens:
         if self.tokenizer is None:
             raise RequestError(
                 f"{rows.origin}: text needs a tokenizer, and the model has none; name one (`tokenizer:`)"
             )
         if self.task == "text-classification":
-            return Texts(rows, self.tokenizer, length, labels, self.pad)
+            return Texts(rows, self.tokenizer, length, self._labels(rows, labelled), self.pad)
         if rows.kind == "instruction":
             return Answers(rows, self.tokenizer, length)
         if "text" in rows.columns:

@@ -298,7 +298,7 @@ def _config(ref: ModelRef, checkpoint: Checkpoint | None = None) -> Any:
         raise RequestError(f"{ref.label}: its config names no model_type")
     if kind not in CONFIG_MAPPING:
         code = "; it brings code of its own, which is not run" if "auto_map" in settings else ""
-        hint = did_you_mean(kind, CONFIG_MAPPING) or code
+        hint = code or did_you_mean(kind, CONFIG_MAPPING)
         raise RequestError(f"{ref.label}: transformers knows no model_type {kind!r}{hint}")
     try:
         return AutoConfig.for_model(kind, **settings)
@@ -494,7 +494,7 @@ def _build_plain(ref: ModelRef) -> nn.Module:
         raise RequestError(f"module: {place}: {type(error).__name__}: {_first_line(error)}") from error
     build = getattr(found, name, None)
     if not callable(build):
-        raise RequestError(f"module: {place} has no function {name!r}{did_you_mean(name, vars(found))}")
+        raise RequestError(f"module: {place} has no {name!r}{did_you_mean(name, vars(found))}")
     try:
         inspect.signature(build).bind(**ref.arguments)
     except TypeError as error:
