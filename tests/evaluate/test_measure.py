@@ -226,10 +226,8 @@ def test_drift_needs_no_labels_and_none_that_the_model_knows(tmp_path):
     np.savez(tmp_path / "unlabelled.npz", images=images)
     np.savez(tmp_path / "foreign.npz", images=images, labels=np.full(12, 99))
     for name in ("unlabelled", "foreign"):
-        found = measured(
-            [{"config": VIT}, {"config": VIT | {"hidden_act": "relu"}}], drift=str(tmp_path / f"{name}.npz")
-        )
-        assert [estimate.n for estimate in found["agreement", "%"].values()] == [12, 12]
+        found = measured([{"config": VIT}], drift=str(tmp_path / f"{name}.npz"))
+        assert only(found["agreement", "%"]).n == 12
 
 
 def test_what_could_not_be_measured_is_told(texts, tmp_path, caplog):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from lfm.errors import RequestError
 from lfm.recipe.step import Settings
 from lfm.tune.weights.full import Full
 
+ROOT = Path(__file__).parents[2]
 QUIET = Settings(quiet=True)
 IMAGE = {"size": 32, "channels": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 VIT = {
@@ -166,41 +169,45 @@ def test_the_validation_loss_does_not_depend_on_the_size_of_a_batch(assets, stor
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-KILLED = """
-import sys, torch, lfm
-from lfm.tune.weights.full import Full
-torch.set_num_threads(1)
-model, data, out = sys.argv[1:]
-method = Full(steps=40, batch_size=4, learning_rate=1e-3, accumulate=2, patience=9, validate_every=4)
-settings = lfm.Settings(quiet=True, save_seconds=float("inf" if out.endswith("whole") else 0))
-rows = {"path": data, "limit": 60}
-lfm.tune(method, model, {**rows, "part": "train"}, validation={**rows, "part": "held_out"}, out=out, length=16,
-         settings=settings)
-"""
+def rehearse(model, data, out, save_seconds):
+    """Train with all that a saved state must hold: moments, best weights, validations, accumulated batches."""
+    rows = {"path": data, "limit": 60}
+    lfm.tune(
+        Full(steps=40, batch_size=4, learning_rate=1e-3, accumulate=2, patience=9, validate_every=4),
+        model,
+        {**rows, "part": "train"},
+        validation={**rows, "part": "held_out"},
+        out=out,
+        length=16,
+        settings=Settings(quiet=True, save_seconds=float(save_seconds)),
+    )
 
 
-def test_a_command_that_is_killed_again_and_again_makes_the_same_model(stories, assets, tmp_path):
-    data = str(assets / "data" / "tiny-shakespeare.txt")
+def test_a_run_that_is_killed_again_and_again_makes_the_same_model(stories, assets, tmp_path):
+    data, out = str(assets / "data" / "tiny-shakespeare.txt"), tmp_path / "killed"
+    code = "import sys; from tests.tune.test_full import rehearse; rehearse(*sys.argv[1:])"
 
-    def start(name):
-        return subprocess.Popen([sys.executable, "-c", KILLED, stories, data, str(tmp_path / name)])
+    def start():
+        places = os.pathsep.join((str(ROOT / "src"), str(ROOT)))
+        arguments = [sys.executable, "-c", code, stories, data, str(out), "0"]
+        return subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"})
 
-    moments = ["resume/step-000000002", "resume/step-00000001*", "resume/step-00000003*", "resume/saved", "*.draft"]
-    for moment in moments:
-        process = start("killed")
+    for moment in ("resume/step-000000003", "resume/step-00000002*", "resume/saved", "*.draft"):
+        process = start()
         while process.poll() is None and not any((tmp_path / "killed.partial").glob(moment)):
             time.sleep(0.001)
         process.kill()
         process.wait()
         assert process.returncode == -signal.SIGKILL, "it was done before it could be killed"
+        assert not out.exists()
         with pytest.raises(RequestError, match="unfinished"):
             lfm.load(str(tmp_path / "killed.partial"))
-    last, whole = start("killed"), start("whole")
-    assert (last.wait(), whole.wait()) == (0, 0)
-    killed, undisturbed = (lfm.open_checkpoint(tmp_path / name) for name in ("killed", "whole"))
-    assert killed.digest == undisturbed.digest
-    logs = [(tmp_path / name / "training.jsonl").read_bytes() for name in ("killed", "whole")]
-    assert logs[0] == logs[1]
+    assert start().wait() == 0
+    rehearse(stories, data, tmp_path / "whole", "inf")
+    killed, whole = (lfm.open_checkpoint(folder) for folder in (out, tmp_path / "whole"))
+    assert killed.digest == whole.digest
+    logs = {(folder / "training.jsonl").read_bytes() for folder in (out, tmp_path / "whole")}
+    assert len(logs) == 1
     assert not (tmp_path / "killed.partial").exists()
 
 
@@ -224,3 +231,11 @@ def test_patience_without_validation_data_is_refused_before_anything_is_loaded(t
 def test_the_functions_stay_functions_when_the_packages_of_their_names_are_imported():
     code = "import lfm, lfm.tune._engine, lfm.evaluate.measure; assert callable(lfm.tune) and callable(lfm.evaluate)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_wrong_with_data_and_model_is_said_in_one_go(tmp_path):
+    with pytest.raises(RequestError) as caught:
+        tune(Full(patience=2), str(tmp_path / "no-model"), str(tmp_path / "no-data.txt"), tmp_path / "out")
+    assert len(caught.value.problems) == 3
+    for word in ("no-data.txt", "patience", "no-model"):
+        assert word in str(caught.value)

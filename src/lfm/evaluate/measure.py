@@ -174,6 +174,8 @@ def _check_comparable(baseline: Model, model: Model) -> None:
     if model.task != baseline.task:
         raise RequestError(f"is a {model.task} model, the baseline {baseline.label} is a {baseline.task} model")
     ours, theirs = model.encoder, baseline.encoder
+    if ours.image != theirs.image:
+        raise RequestError(f"its images are not prepared as those of the baseline {baseline.label}")
     if (ours.classes or {}) != (theirs.classes or {}):
         raise RequestError(f"its classes are not those of the baseline {baseline.label}")
     if (ours.tokenizer and ours.tokenizer.get_vocab()) != (theirs.tokenizer and theirs.tokenizer.get_vocab()):
@@ -185,19 +187,22 @@ def _drift_from(baseline: Model) -> Look:
 
     def look(measured: Measured, name: str, data: str, model: Model, examples: Examples, spec: Evaluate) -> None:
         _check_comparable(baseline, model)
-        divergences, agreed = [], []
+        divergences, agreed, counts = [], [], []
         for batch in batches(examples, max(1, spec.batch_size // 4)):
             before, labels = targets(_log_probs(baseline, batch), batch["labels"], model.task)
             after, _ = targets(_log_probs(model, batch), batch["labels"], model.task)
             if before.shape != after.shape:
                 raise RequestError(f"its {after.shape[-1]} classes are not the baseline's {before.shape[-1]}")
-            before, after = before[labels != IGNORE], after[labels != IGNORE]
-            terms = before.exp() * (before - after)
             # What the baseline gives no probability adds nothing, though its logarithm is infinite.
-            divergences.append(terms.masked_fill(before == -math.inf, 0.0).sum(-1).double())
-            agreed.append(before.argmax(-1) == after.argmax(-1))
-        same = torch.cat(agreed)
-        measured.add(name, "KL from baseline", data, "none", "nats", mean(torch.cat(divergences).numpy()))
-        measured.add(name, "agreement", data, "none", "%", percent(share(int(same.sum()), len(same))))
+            terms = (before.exp() * (before - after)).masked_fill(before == -math.inf, 0.0)
+            same, predicted = before.argmax(-1) == after.argmax(-1), labels != IGNORE
+            for sums, values in ((divergences, terms.sum(-1).double()), (agreed, same.double()), (counts, predicted)):
+                # The tokens of a window depend on each other: intervals are those of independent windows.
+                sums.append(values.masked_fill(~predicted, 0).reshape(len(batch["labels"]), -1).double().sum(-1))
+        kl, hits, tokens = (torch.cat(sums).numpy() for sums in (divergences, agreed, counts))
+        single = model.task.endswith("classification")
+        agreement = share(int(hits.sum()), len(hits)) if single else ratio(hits, tokens)
+        measured.add(name, "KL from baseline", data, "none", "nats", ratio(kl, tokens))
+        measured.add(name, "agreement", data, "none", "%", percent(agreement))
 
     return look

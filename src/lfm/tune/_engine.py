@@ -36,7 +36,10 @@ def plan(method: Tune, inputs: Inputs, context: Context) -> StepPlan:
             problems += [f"{role}: {problem}" for problem in error.problems]
     if method.patience is not None and inputs.validation is None:
         problems.append("patience needs validation data to watch; give `validation:` (for example `part: held_out`)")
-    [outline] = context.outlines([inputs.model])
+    try:
+        [outline] = context.outlines([inputs.model])
+    except RequestError as error:
+        raise RequestError(*problems, *error.problems) from None
     output = Outline(context.resolve(outline.ref), outline.specs, outline.config, outline.vocabulary)
     floats = sum(spec.size for spec in outline.specs.values())
     # weights, gradients and AdamW's two moments, in float32; activations come on top and are not known from headers
