@@ -187,7 +187,9 @@ def _drift_from(baseline: Model) -> Look:
 
     def look(measured: Measured, name: str, data: str, model: Model, examples: Examples, spec: Evaluate) -> None:
         _check_comparable(baseline, model)
-        divergences, agreed, counts = [], [], []
+        divergences: list[torch.Tensor] = []
+        agreed: list[torch.Tensor] = []
+        counts: list[torch.Tensor] = []
         for batch in batches(examples, max(1, spec.batch_size // 4)):
             before, labels = targets(_log_probs(baseline, batch), batch["labels"], model.task)
             after, _ = targets(_log_probs(model, batch), batch["labels"], model.task)
