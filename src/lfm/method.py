@@ -92,9 +92,15 @@ class Needs:
             (have.same_architecture or not self.same_architecture, "needs models of one architecture"),
             (have.same_tokenizer or not self.same_tokenizer, "needs models with one tokenizer"),
         )
-        problems = [problem for met, problem in checks if not met]
-        problems += [f"needs the package {name!r}" for name in self.extras if not importlib.util.find_spec(name)]
-        return problems
+        return [*(problem for met, problem in checks if not met), *self.absent_packages()]
+
+    def absent_packages(self) -> list[str]:
+        """Return a line for every package of `extras` that is not installed."""
+        return [
+            f"needs the package {name!r}, which is not installed; pip install {name}"
+            for name in self.extras
+            if importlib.util.find_spec(name) is None
+        ]
 
 
 def _name(level: IntEnum) -> str:

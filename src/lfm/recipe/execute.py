@@ -56,7 +56,7 @@ def plan(recipe: Recipe, settings: Settings, out: Path | None = None) -> RunPlan
             made.steps.append((step, None))
             continue
         catalogue.made_by(step, step_plan.output)
-        made.problems += [f"{prefix}{problem}" for problem in step_plan.problems]
+        made.problems += [f"{prefix}{problem}" for problem in (*step.card.needs.absent_packages(), *step_plan.problems)]
         made.steps.append((step, step_plan))
     made.problems += data_problems(recipe, catalogue)
     return made
