@@ -47,8 +47,12 @@ class Step:
 
     @cached_property
     def method(self) -> Method:
-        """The method itself; imports its module."""
-        return self.card.load()(**self.parameters)
+        """The method itself; imports its module. Raises RequestError where parameters do not go together."""
+        try:
+            return self.card.load()(**self.parameters)
+        except ValidationError as error:  # what the fields alone could not tell, such as two that do not go together
+            told = [str(item["msg"]).removeprefix("Value error, ") for item in error.errors(include_url=False)]
+            raise RequestError(*(f"{self.card.verb.name} {self.card.name}: {line}" for line in told)) from None
 
     def models(self) -> Iterator[ModelRef]:
         """Yield every model that the step takes."""

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from lfm.method import Needs
 from lfm.reuse.merge._contract import Chunk, Merge
+from lfm.reuse.merge._drop import dropped
 
 
 class Dare(Merge):
@@ -24,9 +25,6 @@ class Dare(Merge):
 
     def merge(self, chunk: Chunk, measured: None) -> torch.Tensor:
         change = torch.zeros_like(chunk.the_base)
-        limit = min(round(self.density * 2**32), 2**32 - 1)
-        for index, (delta, weight) in enumerate(zip(chunk.deltas(), chunk.weights, strict=True)):
-            if self.density < 1:
-                delta *= torch.from_numpy(chunk.random_bits(index) < limit)
-            change += delta.mul_(self.scale * weight / self.density)
+        for delta, weight in zip(dropped(chunk, self.density), chunk.weights, strict=True):
+            change += delta.mul_(self.scale * weight)
         return chunk.moved(change)

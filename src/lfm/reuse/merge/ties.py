@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 
 from lfm.method import Needs
+from lfm.reuse.merge._consensus import elect_and_average
 from lfm.reuse.merge._contract import Chunk, Merge, Scan, Scope
 from lfm.reuse.merge._magnitude import smallest_kept
 
@@ -40,20 +41,4 @@ class Ties(Merge):
         if measured is not None:
             for delta, least in zip(deltas, measured, strict=True):
                 delta *= delta.float().abs().ge_(least)
-        for delta, weight in zip(deltas, chunk.weights, strict=True):
-            delta *= weight
-        elected = _sum(deltas).sign_()
-        merged, total = torch.zeros_like(elected), torch.zeros_like(elected)
-        for delta, weight in zip(deltas, chunk.weights, strict=True):
-            agreeing = delta.mul_(elected).clamp_(min=0)  # |w_i tau_i| where its sign is s, 0 elsewhere
-            merged += agreeing
-            total += agreeing.sign_().mul_(abs(weight))
-        merged /= total.clamp_(min=1e-38)  # 0 / 0 is 0: nothing was elected
-        return chunk.moved(merged.mul_(elected).mul_(self.scale))
-
-
-def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total
+        return chunk.moved(elect_and_average(deltas, chunk.weights).mul_(self.scale))
