@@ -52,7 +52,17 @@ def merged_is_better_than_both_specialists(folder):
     tables = json.loads((folder / "runs" / "digits" / "results.json").read_text())["tables"]
     rows = next(table["rows"] for table in tables if table["title"] == "Accuracy")
     accuracy = {name: row["accuracy all %"]["value"] for name, row in rows.items()}
-    for merge in ("linear", "slerp", "task_arithmetic", "ties", "dare"):
+    for merge in (
+        "linear",
+        "slerp",
+        "task_arithmetic",
+        "ties",
+        "dare",
+        "dare_ties",
+        "breadcrumbs",
+        "magmax",
+        "model_stock",
+    ):
         assert accuracy[merge] > max(accuracy["even"], accuracy["odd"]), accuracy
     assert accuracy["base"] > 90 > accuracy["even"]
 
