@@ -146,6 +146,7 @@ def test_masked_language_models_are_not_trained_to_copy_their_input(tmp_path):
     (tmp_path / "text.txt").write_text("one\n\ntwo\n\nthree")
     with pytest.raises(RequestError, match="masked language models cannot be tuned as such"):
         tune(Full(steps=1), {"config": config, "tokenizer": "bytes"}, tmp_path / "text.txt", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))  # told by the plan, before anything is loaded or written
 
 
 def test_fine_tunes_of_published_weights_merge_with_them(assets, tmp_path):

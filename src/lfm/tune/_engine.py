@@ -40,6 +40,8 @@ def plan(method: Tune, inputs: Inputs, context: Context) -> StepPlan:
         [outline] = context.outlines([inputs.model])
     except RequestError as error:
         raise RequestError(*problems, *error.problems) from None
+    if _masked(inputs.task or outline.ref.task, outline):
+        problems.append(f"{outline.ref.label}: masked language models cannot be tuned as such; give it another `task`")
     output = Outline(context.resolve(outline.ref), outline.specs, outline.config, outline.vocabulary)
     floats = sum(spec.size for spec in outline.specs.values())
     # weights, gradients and AdamW's two moments, in float32; activations come on top and are not known from headers
@@ -84,7 +86,7 @@ def run(method: Tune, inputs: Inputs, context: Context, folder: OutputFolder) ->
 
 
 def _load(inputs: Inputs, rows: Rows, context: Context) -> Model:
-    model = load_model(
+    return load_model(
         context.resolve(inputs.model),
         task=inputs.task,
         classes=class_names(rows) if "label" in rows.columns else None,
@@ -93,9 +95,12 @@ def _load(inputs: Inputs, rows: Rows, context: Context) -> Model:
         device=context.settings.device,
         allow_pickle=context.settings.allow_pickle,
     )
-    if model.task == "masked-lm":
-        raise RequestError(f"{model.label}: masked language models cannot be tuned as such; give it another `task`")
-    return model
+
+
+def _masked(task: Task | None, outline: Outline) -> bool:
+    """Whether this would train a masked language model on text without masks, which teaches it to copy."""
+    names = (outline.config or {}).get("architectures") or ()
+    return task == "masked-lm" or (task is None and any(str(name).endswith("ForMaskedLM") for name in names))
 
 
 def _stored_dtype(inputs: Inputs, context: Context) -> str | None:
