@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs bench clean
 
 demo: $(VENV)/.demo  ## train, merge and compare models on real data; ends with runs/digits/report.html
 	$(BIN)/lfm run digits
@@ -22,6 +22,12 @@ check: $(VENV)/.dev
 
 docs: $(VENV)/.dev  ## write docs/methods from the method files
 	$(BIN)/python docs/generate.py
+
+# All of it: make bench BENCH='--write'
+BENCH ?= --sizes tiny --methods linear2,slerp,ties,dare_ties
+
+bench: $(VENV)/.demo  ## speed of merges beside mergekit, which is installed under runs/; benchmarks/README.md
+	$(BIN)/python benchmarks/merge.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -119,11 +119,11 @@ def test_the_guide_announces_a_method_as_we_read_it():
 
 
 @pytest.mark.parametrize(
-    "imported", ["Chunk, Merge as Contract", "Chunk\nfrom lfm.reuse.merge._contract import Merge as Contract"]
+    "imported", ["Whole\nfrom lfm.reuse.merge._contract import Tensorwise as Contract", "Tensorwise as Contract, Whole"]
 )
 def test_a_contract_may_be_imported_under_another_name(imported, tmp_path):
     path = tmp_path / "median.py"
-    path.write_text(MEDIAN.replace("Chunk, Merge", imported).replace("(Merge)", "(Contract)"))
+    path.write_text(MEDIAN.replace("Tensorwise, Whole", imported).replace("(Tensorwise)", "(Contract)"))
     assert read_card("median", path).class_name == "Median"
 
 

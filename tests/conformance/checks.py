@@ -22,7 +22,7 @@ from tests.merging import merge, near, tensors
 from lfm.cli._root import root
 from lfm.method import Access, Card, Data, Have, Method, Needs
 from lfm.recipe.schema import json_schema
-from lfm.reuse.merge import _engine
+from lfm.reuse.merge import _engine, _kernels
 
 LINES = 150
 LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "pydantic"}
@@ -202,13 +202,19 @@ def does_not_depend_on_the_order_of_sources(card: Card) -> None:
 
 
 def does_not_depend_on_how_it_runs(card: Card) -> None:
-    base = tensors(0, shapes={"w": (31, 33), "none": (0, 3), "one": ()})
+    """Threads, the size of a chunk, and whether there is a compiler: the same bytes."""
+    base = tensors(0, shapes={"w": (31, 33), "v": (700,), "none": (0, 3), "one": ()})
     sources = [near(base, seed) for seed in range(1, 1 + _sources(card))]
     one, two = (_run(card, card.load()(), sources, base, threads=threads) for threads in (1, 2))
     assert all(torch.equal(one[name], two[name]) for name in one)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_engine, "CHUNK", 64)
-        _close(_run(card, card.load()(), sources, base), one)
+        patch.setattr(_engine, "KEEP", 0)
+        three = _run(card, card.load()(), sources, base)
+        patch.setattr(_kernels, "native", lambda wide: None)
+        four = _run(card, card.load()(), sources, base)
+    for other in (three, four):
+        assert all(torch.equal(one[name].view(torch.int32), other[name].view(torch.int32)) for name in one)
 
 
 def drops_nothing_at_density_one(card: Card) -> None:

@@ -13,18 +13,19 @@ import torch
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._contract import Chunk, Merge
+from lfm.reuse.merge._array import Array
+from lfm.reuse.merge._contract import Elementwise, Site
 
 
-class First(Merge):
+class First(Elementwise):
     needs = Needs(sources=(1, 1))
     paper = "https://example.org/first"
     weighted = False
 
     scale: float = Field(1.0, gt=0, description="Factor on the result.")
 
-    def merge(self, chunk: Chunk, measured: None) -> torch.Tensor:
-        return chunk.sources[0] * self.scale
+    def merge(self, site: Site, measured: None) -> Array:
+        return site.sources[0] * self.scale
 '''
 SCALE = "    scale: float"
 FLAWS = {

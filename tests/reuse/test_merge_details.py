@@ -9,7 +9,7 @@ from tests.tiny import LLAMA, write_llama
 
 import lfm
 from lfm.errors import LfmError
-from lfm.reuse.merge.dare import Dare
+from lfm.reuse.merge.dare_linear import DareLinear
 from lfm.reuse.merge.linear import Linear
 from lfm.reuse.merge.slerp import Slerp
 from lfm.reuse.merge.task_arithmetic import TaskArithmetic
@@ -25,7 +25,7 @@ def bits(tensor):
 
 
 @pytest.mark.parametrize("scale", [0, 0.7, -0.7, 1])
-@pytest.mark.parametrize("method", [TaskArithmetic, Dare, Ties])
+@pytest.mark.parametrize("method", [TaskArithmetic, DareLinear, Ties])
 def test_where_nothing_changed_the_base_stays_to_the_bit(method, scale, tmp_path):
     base, still, moved = {"w": ODD}, {"w": ODD.clone()}, {"w": torch.cat([ODD[:5], torch.tensor([5.0])])}
     found = merge(method(scale=scale), [still, moved], base, at=tmp_path)["w"]
@@ -99,7 +99,7 @@ def test_the_file_does_not_follow_the_layout_of_the_inputs(tmp_path):
     assert len(written) == 1
 
 
-@pytest.mark.parametrize("method", [Linear(), Dare(), TaskArithmetic(), Ties()], ids=str)
+@pytest.mark.parametrize("method", [Linear(), DareLinear(), TaskArithmetic(), Ties()], ids=str)
 def test_the_order_of_sources_changes_rounding_and_nothing_else(method, tmp_path):
     sources = [near(BASE, seed) for seed in (1, 2, 3)]
     base, weights = BASE if method.needs.base else None, [1.0, 0.5, 2.0]

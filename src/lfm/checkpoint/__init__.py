@@ -5,12 +5,14 @@ Importing this package does not import torch; reading a tensor does.
 
 from lfm.checkpoint._adapter import read_adapter, save_adapter
 from lfm.checkpoint._delta import Change, Delta, Dense, LowRank, Patched, Replace, Scale, Sparse, compose
+from lfm.checkpoint._digests import cache_folder
 from lfm.checkpoint._header import Spec, read_header
 from lfm.checkpoint._open import Checkpoint, FileWeights, open_checkpoint, read_json, refuse_quantised
-from lfm.checkpoint._weights import MemoryWeights, Weights, combine, dtype_name, torch_dtype
+from lfm.checkpoint._weights import RAW, MemoryWeights, Weights, combine, dtype_name, raw_bytes, torch_dtype
 from lfm.checkpoint._write import SHARD_BYTES, OutputFolder, TensorWriter, check_free, remember_output
 
 __all__ = [
+    "RAW",
     "SHARD_BYTES",
     "Change",
     "Checkpoint",
@@ -27,11 +29,13 @@ __all__ = [
     "Spec",
     "TensorWriter",
     "Weights",
+    "cache_folder",
     "check_free",
     "combine",
     "compose",
     "dtype_name",
     "open_checkpoint",
+    "raw_bytes",
     "read_adapter",
     "read_header",
     "read_json",

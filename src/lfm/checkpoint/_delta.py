@@ -26,6 +26,7 @@ from lfm.checkpoint._write import OutputFolder
 from lfm.errors import RequestError, plural
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 FORMAT = 1
@@ -394,6 +395,7 @@ class Patched(Weights):
                 problems += _contradictions(one, other)
         if problems:
             raise RequestError(*problems)
+        self._noted: dict[str, str] = {}
 
     def apply(self, delta: Delta) -> Patched:
         """Return these weights with one more delta. Raises RequestError when it does not belong here."""
@@ -410,6 +412,22 @@ class Patched(Weights):
     @property
     def specs(self) -> Mapping[str, Spec]:
         return self.base.specs
+
+    def read_into(self, name: str, start: int, out: np.ndarray[Any, Any]) -> None:
+        if any(name in delta.changes for delta in self.deltas):
+            super().read_into(name, start, out)
+        else:
+            self.base.read_into(name, start, out)
+
+    def known_digests(self) -> Mapping[str, str]:
+        return self._noted
+
+    def note_digests(self, digests: Mapping[str, str]) -> None:
+        self._noted |= digests
+
+    def tensor_digests(self) -> dict[str, str]:
+        self._noted |= self.hash_tensors(name for name in self.specs if name not in self._noted)
+        return dict(self._noted)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         stored = self.base.read(name, start, stop)

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from lfm.checkpoint import _digests
 from lfm.checkpoint._header import Spec, read_header
-from lfm.checkpoint._weights import Files, MemoryWeights, Weights, as_bytes, torch_dtype
+from lfm.checkpoint._weights import Files, MemoryWeights, Weights, as_bytes, raw_bytes, torch_dtype
 from lfm.errors import AccessError, RequestError, UnsafeError, did_you_mean
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -49,6 +50,8 @@ class FileWeights(Weights):
     def __init__(self, specs: Mapping[str, Spec]) -> None:
         self._specs = dict(specs)
         self._files = Files()
+        self._state: str | None = None
+        self._noted: dict[str, str] = {}
 
     @property
     def specs(self) -> Mapping[str, Spec]:
@@ -66,16 +69,39 @@ class FileWeights(Weights):
             self._files.read_into(spec.path, as_bytes(flat), spec.offset + start * flat.element_size())
         return flat
 
+    def read_into(self, name: str, start: int, out: np.ndarray[Any, Any]) -> None:
+        spec = self._specs[name]
+        if spec.path is None:
+            raise AssertionError(f"{name} has no file")
+        self._files.read_into(spec.path, raw_bytes(out), spec.offset + start * out.itemsize)
+
+    def known_digests(self) -> Mapping[str, str]:
+        """Return the digests of files that have not changed since they were last read."""
+        if not self._noted:
+            self._state = _digests.state(self._specs)
+            self._noted = dict(_digests.recall(self._state, self._specs) or {})
+        return self._noted
+
+    def note_digests(self, digests: Mapping[str, str]) -> None:
+        """Keep digests taken from the files as they were at the last call of `known_digests`."""
+        self._noted |= digests
+
     def tensor_digests(self) -> dict[str, str]:
         """Return sha256 of each tensor's bytes; files that have not changed since the last time are not read again."""
-        state = _digests.state(self._specs)
-        known = _digests.recall(state, self._specs)
-        if known is None:
-            known = super().tensor_digests()
+        known = self.known_digests()
+        state = self._state
+        if state != _digests.state(self._specs):
+            self._noted, state = {}, _digests.state(self._specs)
+            known = {}
+        missing = [name for name in self._specs if name not in known]
+        if missing:
+            found = self.hash_tensors(missing)
             if _digests.state(self._specs) != state:
                 raise RequestError(f"{next(iter(self._specs.values())).path}: changed while it was being read")
-            _digests.remember(state, known)
-        return known
+            known = {**known, **found}
+        self._state, self._noted = state, {name: known[name] for name in self._specs}
+        _digests.remember(state, self._noted)
+        return dict(self._noted)
 
 
 @dataclass(frozen=True)

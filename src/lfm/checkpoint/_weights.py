@@ -7,9 +7,11 @@ import json
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lfm.checkpoint._header import Spec
 from lfm.errors import RequestError
@@ -20,6 +22,27 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK_BYTES = 1 << 20
+RAW: dict[str, Any] = {  # numpy's types for the bytes of safetensors' dtypes; where it has none, integers as wide
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "U64": np.uint64,
+    "I64": np.int64,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "C64": np.complex64,
+    "F8_E4M3": np.uint8,
+    "F8_E5M2": np.uint8,
+    "F8_E8M0": np.uint8,
+    "F8_E4M3FNUZ": np.uint8,
+    "F8_E5M2FNUZ": np.uint8,
+}
 
 
 class Weights(ABC):
@@ -33,6 +56,28 @@ class Weights(ABC):
     @abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return elements [start, stop) of a tensor, flat, in its stored dtype, as a copy of the caller's own."""
+
+    def read_into(self, name: str, start: int, out: np.ndarray[Any, Any]) -> None:
+        """Fill a flat array of the tensor's raw type (see `RAW`) with its elements from `start` on; without torch."""
+        raw_bytes(out)[:] = as_bytes(self.read(name, start, start + len(out)))
+
+    def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        """Return elements [start, stop) as numpy sees their bytes: bfloat16 as uint16. Needs no torch."""
+        spec = self.specs[name]
+        if spec.dtype not in RAW:
+            raise RequestError(f"tensor {name!r}: {spec.dtype} cannot be read; convert the checkpoint first")
+        out: np.ndarray[Any, Any] = np.empty((spec.size if stop is None else stop) - start, dtype=RAW[spec.dtype])
+        if len(out):
+            self.read_into(name, start, out)
+        return out
+
+    def known_digests(self) -> Mapping[str, str]:
+        """Return those of `tensor_digests` that are known without reading anything."""
+        return {}
+
+    def note_digests(self, digests: Mapping[str, str]) -> None:
+        """Keep digests that somebody took while reading tensors; they are lost where none are kept."""
+        del digests
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return one tensor in its stored dtype and shape."""
@@ -55,13 +100,19 @@ class Weights(ABC):
 
     def tensor_digests(self) -> dict[str, str]:
         """Return sha256 of each tensor's bytes; reads everything."""
+        return self.hash_tensors(self.specs)
+
+    def hash_tensors(self, names: Iterable[str]) -> dict[str, str]:
+        """Return sha256 of the bytes of these tensors, which are read."""
+        names = list(names)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return dict(zip(self.specs, pool.map(self._hash, self.specs), strict=True))
+            return dict(zip(names, pool.map(self._hash, names), strict=True))
 
     def _hash(self, name: str) -> str:
         digest = hashlib.sha256()
-        for _, part in self.chunks(name, CHUNK_BYTES // 4):
-            digest.update(as_bytes(part))
+        size = self.specs[name].size
+        for start in range(0, size, CHUNK_BYTES):
+            digest.update(raw_bytes(self.read_raw(name, start, min(start + CHUNK_BYTES, size))))
         return digest.hexdigest()
 
 
@@ -94,6 +145,12 @@ def as_bytes(flat: torch.Tensor) -> memoryview:
 
     array: Any = flat.detach().contiguous().view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def raw_bytes(values: np.ndarray[Any, Any]) -> memoryview:
+    """Return the bytes of a contiguous array, without a copy."""
+    view: Any = values.view(np.uint8) if values.ndim else values.reshape(1).view(np.uint8)
+    return memoryview(view)
 
 
 def torch_dtype(name: str) -> torch.dtype:

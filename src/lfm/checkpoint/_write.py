@@ -7,12 +7,14 @@ that is killed leaves a `.partial` folder behind, which the same run picks up ag
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 5_000_000_000
+WRITE_BACK = 1 << 23  # bytes that are worth telling the system to write
 PARTIAL_MARK = ".lfm-partial"
 LINEAGE = "lineage.json"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
@@ -227,14 +230,23 @@ class TensorWriter:
 
     def write(self, name: str, part: torch.Tensor) -> None:
         """Append the next elements of a tensor, which must have its declared dtype."""
-        data, spec = as_bytes(part.reshape(-1)), self.specs[name]
-        if part.dtype != torch_dtype(spec.dtype) or self._position[name] + len(data) > spec.nbytes:
-            raise AssertionError(f"{name}: {part.dtype} {list(part.shape)} does not go into what is left of {spec}")
+        if part.dtype != torch_dtype(self.specs[name].dtype):
+            raise AssertionError(f"{name}: {part.dtype} is not {self.specs[name]}")
+        self.append(name, as_bytes(part.reshape(-1)))
+
+    def append(self, name: str, data: memoryview) -> None:
+        """Append the bytes of a tensor's next elements."""
+        spec = self.specs[name]
+        if self._position[name] + len(data) > spec.nbytes:
+            raise AssertionError(f"{name}: {len(data)} bytes do not go into what is left of {spec}")
         descriptor, offset = self._place[name]
         with _told(self._folder.out):
             _write_all(descriptor, data, offset + self._position[name])
         self._hashes[name].update(data)
-        self._position[name] += len(data)
+        before, self._position[name] = self._position[name], self._position[name] + len(data)
+        start = before // WRITE_BACK * WRITE_BACK
+        if self._position[name] - start >= WRITE_BACK:
+            _write_back(descriptor, offset + start, self._position[name] - start)
 
     def finish(self, name: str = "model.safetensors") -> str:
         """Check that every byte was written and reads back as declared, name the shards; return the weights' digest."""
@@ -302,6 +314,13 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def _write_back(descriptor: int, offset: int, count: int) -> None:
+    """Let the system start to bring a range to the disk, so that little is left to wait for at the end; Linux only."""
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
+    if function is not None:
+        function(descriptor, ctypes.c_int64(offset), ctypes.c_int64(count), 2)  # SYNC_FILE_RANGE_WRITE
 
 
 def _flush(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -23,7 +25,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 HEADINGS = {
     "Output": ("out", "overwrite", "dry_run", "json_", "print_recipe"),
     "Measures": ("accuracy", "perplexity", "drift", "baseline"),
-    "Running": ("seed", "device", "threads", "allow_pickle", "quiet"),
+    "Running": ("seed", "device", "threads", "memory", "allow_pickle", "quiet"),
 }
 
 
@@ -65,6 +67,9 @@ def settings_options(command: Command) -> Command:
             click.option(
                 "--threads", type=click.IntRange(1), metavar="INTEGER", help="Worker threads; all cores if left out."
             ),
+            click.option(
+                "--memory", metavar="SIZE", callback=_bytes, help="Most that a merge may hold, such as 500MB."
+            ),
             click.option("--allow-pickle", is_flag=True, help="Read PyTorch pickle weights (tensors only)."),
             click.option("-q", "--quiet", is_flag=True, help="No progress bar."),
         )
@@ -73,10 +78,24 @@ def settings_options(command: Command) -> Command:
     return command
 
 
-def settings_from(device: str, threads: int | None, allow_pickle: bool, quiet: bool) -> Settings:
+def settings_from(device: str, threads: int | None, memory: int | None, allow_pickle: bool, quiet: bool) -> Settings:
     """Return the settings that those options describe."""
-    settings = Settings(device=device, allow_pickle=allow_pickle, quiet=quiet)
-    return settings if threads is None else Settings(device, threads, allow_pickle, quiet)
+    settings = Settings(device=device, allow_pickle=allow_pickle, quiet=quiet, memory=memory)
+    return settings if threads is None else replace(settings, threads=threads)
+
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def _bytes(ctx: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    """Return the bytes that `500MB`, `1.5G` or `2GiB` stand for."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if match is None or float(match[1]) <= 0:
+        raise click.BadParameter(f"{text!r} is no size; write 500MB, 1.5GB or 2GiB", ctx, option)
+    unit = 1024 ** "kmgt".index(match[2], 0) * 1024 if match[3] and match[2] else UNITS[match[2]]
+    return int(float(match[1]) * unit)
 
 
 def run_options(command: Command) -> Command:

@@ -101,7 +101,9 @@ def _rewrapped(doc: str) -> str:
 def _run(card: Card, values: dict[str, Any]) -> None:
     from lfm.api import one_step
 
-    settings = options.settings_from(*(values.pop(name) for name in ("device", "threads", "allow_pickle", "quiet")))
+    settings = options.settings_from(
+        *(values.pop(name) for name in ("device", "threads", "memory", "allow_pickle", "quiet"))
+    )
     measures = options.measures_from(*(values.pop(name) for name in ("accuracy", "perplexity", "drift")))
     out, overwrite, dry_run, json_, seed, print_recipe = (
         values.pop(name) for name in ("out", "overwrite", "dry_run", "json_", "seed", "print_recipe")

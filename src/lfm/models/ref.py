@@ -66,6 +66,9 @@ class ModelRef(BaseModel):
             raise ValueError("`config` makes a new model; it does not go with `ref` or `module`")
         return self
 
+    def __hash__(self) -> int:
+        return hash((self.label, self.tokenizer, self.task))  # `arguments` and `config` may hold dictionaries
+
     @property
     def label(self) -> str:
         """The model's short name for tables and messages."""

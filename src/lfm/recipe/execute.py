@@ -238,10 +238,13 @@ def _told_inputs(step: Step, catalogue: Catalogue) -> dict[str, Any]:
 
 def _run_step(step: Step, recipe: Recipe, catalogue: Catalogue, overwrite: bool) -> StepRun:
     target = catalogue.target(step)
-    key = step_key(step, catalogue)
+    engine = step.card.verb.engine()
+    streams = getattr(engine, "STREAMS", False)
+    key = step_key(step, catalogue) if not streams else dump(step.as_dict())
     with OutputFolder(target, key=key, overwrite=overwrite) as folder:
         started = time.perf_counter()
-        result = step.card.verb.engine().run(step.method, step.inputs, catalogue, folder)
+        result = engine.run(step.method, step.inputs, catalogue, folder)
+        key = step_key(step, catalogue) if streams else key
         existing = [(role, ref) for role, ref in step.roles() if catalogue.resolve(ref).ref is not None]
         parents = [
             parent(role, ref.label, catalogue.open(ref) if (role, ref) in existing else None, catalogue.digest(ref))
@@ -259,6 +262,7 @@ def _run_step(step: Step, recipe: Recipe, catalogue: Catalogue, overwrite: bool)
             "parents": parents,
             "ancestors": ancestors([catalogue.open(ref) for _, ref in existing]),
             "output": {"digest": result.digest},
+            "change": dict(result.change),
             "metrics": dict(result.metrics),
             "notes": list(result.notes),
             "seconds": round(time.perf_counter() - started, 3),

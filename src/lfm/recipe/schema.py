@@ -21,13 +21,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lfm.errors import RequestError, did_you_mean
 from lfm.evaluate.spec import Evaluate
-from lfm.method import Card, Inputs, Method, cards, methods_of, verbs
+from lfm.method import Card, Inputs, Method, Verb, cards, methods_of, verbs
 from lfm.models.ref import ModelRef
 from lfm.recipe._yaml import Located, read_yaml
 
@@ -70,8 +70,9 @@ class Step:
     def as_dict(self) -> dict[str, Any]:
         """Return the step as a recipe writes it, defaults left out."""
         inputs = self.inputs.model_dump(mode="json", exclude_defaults=True)
+        varied = inputs.pop("vary", {})
         shortened = {role: _shorten(value) for role, value in inputs.items()}
-        return {self.card.verb.name: self.card.name, **shortened, **dict(self.parameters)}
+        return {self.card.verb.name: self.card.name, **shortened, **dict(self.parameters), **varied}
 
 
 def _shorten(value: Any) -> Any:
@@ -162,12 +163,45 @@ def check_step(name: str, raw: Mapping[str, Any], located: Located, place: Place
         if key not in inputs_keys | parameter_keys | {verb.name}:
             hint = did_you_mean(key, sorted(inputs_keys | parameter_keys))
             problems.append(f"{located.where((*place, key))}: unknown key{hint}")
-    inputs = validate(verb.inputs, {k: v for k, v in raw.items() if k in inputs_keys}, located, place, problems)
     given = {key: value for key, value in raw.items() if key in parameter_keys}
+    varied = _varied(verb, card, given, located, place, problems)
+    given = {key: value for key, value in given.items() if key not in varied}
+    raw_inputs = {key: value for key, value in raw.items() if key in inputs_keys}
+    if varied:
+        raw_inputs["vary"] = {**raw_inputs.get("vary", {}), **varied}
+    inputs = validate(verb.inputs, raw_inputs, located, place, problems)
     parameters = validate(card.parameters, given, located, place, problems)
     if inputs is None or parameters is None or len(problems) > before:
         return None
     return Step(name, card, inputs, parameters.model_dump(exclude_unset=True))
+
+
+def _varied(
+    verb: Verb, card: Card, given: Mapping[str, Any], located: Located, place: Place, problems: list[str]
+) -> dict[str, Any]:
+    """Return the parameters that are given by layer, tensor or model, where the verb's inputs have a place for them."""
+    if "vary" not in verb.inputs.model_fields:
+        return {}
+    fields = card.parameters.model_fields
+    plain = {name for name, info in fields.items() if get_origin(info.annotation) not in (list, tuple, dict)}
+    varied = {name: value for name, value in given.items() if name in plain and isinstance(value, (list, dict))}
+    for name, value in varied.items():
+        for leaf in _leaves(value):
+            told: list[str] = []
+            validate(card.parameters, {name: leaf}, located, place, told)
+            start = f"{located.where((*place, name))}: "
+            problems += [line for line in told if line.startswith(start) and line not in problems]
+    return varied
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what lists and mappings hold in the end."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if parts is None:
+        yield value
+    else:
+        for part in parts:
+            yield from _leaves(part)
 
 
 def validate(model: type[BaseModel], value: Any, located: Located, place: Place, problems: list[str]) -> Any:
@@ -295,6 +329,8 @@ def json_schema() -> dict[str, Any]:
     for (verb, name), card in cards().items():
         inputs = card.verb.inputs.model_json_schema()
         parameters = card.parameters.model_json_schema()
+        if "vary" in card.verb.inputs.model_fields:
+            parameters["properties"] = {name: _or_varied(of) for name, of in parameters.get("properties", {}).items()}
         definitions |= inputs.pop("$defs", {}) | parameters.pop("$defs", {})
         alternatives.append(
             {
@@ -312,6 +348,13 @@ def json_schema() -> dict[str, Any]:
             full = definitions[definition]
             definitions[definition] = {"anyOf": [{"type": "string", "description": f"Short for {short}."}, full]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lfm recipe", **frame}
+
+
+def _or_varied(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a parameter that may be given by layer (a list), by tensor or by model (a mapping)."""
+    about = {str(key): schema[key] for key in ("description", "default", "title") if key in schema}
+    alone = {key: value for key, value in schema.items() if key not in about}
+    return {**about, "anyOf": [alone, {"type": "array"}, {"type": "object"}]}
 
 
 def dump(value: Any) -> str:

@@ -52,6 +52,7 @@ class StepResult:
     digests: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    change: Mapping[str, float] = field(default_factory=dict)  # by part of the model: |after - before| / |before|
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Settings:
     allow_pickle: bool = False
     quiet: bool = False
     save_seconds: float = 600.0
+    memory: int | None = None  # bytes that a merge may hold; None for what is fastest
 
 
 class Context(Protocol):
@@ -88,7 +90,11 @@ class Context(Protocol):
 
 
 class Engine(Protocol):
-    """The functions of a verb's `_engine.py`."""
+    """The functions of a verb's `_engine.py`.
+
+    An engine that says `STREAMS = True` hashes its models while it reads them, and keeps nothing to resume from; the
+    others have their models hashed before they run.
+    """
 
     def plan(self, method: Any, inputs: Any, context: Context) -> StepPlan:
         """Return what the step will do, from headers alone."""

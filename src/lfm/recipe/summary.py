@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lfm import __version__
 from lfm.errors import LfmError, RequestError
 from lfm.evaluate.change import relative_change
-from lfm.evaluate.measure import Measured, Measurement, measure
 from lfm.models.ref import ModelRef
 from lfm.recipe.catalogue import Catalogue
 from lfm.recipe.execute import StepRun
 from lfm.recipe.lineage import environment
 from lfm.recipe.schema import Recipe, Step, pretty
 from lfm.report import Column, Curve, Estimate, HeatMap, Node, Note, Run, Table, TrainingLog, write
+
+if TYPE_CHECKING:
+    from lfm.evaluate.measure import Measured, Measurement
 
 # Which table a measure goes into, in the order of the tables.
 TITLES = {
@@ -34,6 +36,8 @@ def evaluate(recipe: Recipe, catalogue: Catalogue) -> Measured | None:
     """Measure what the recipe asks for; None if it asks for nothing."""
     if recipe.evaluate is None:
         return None
+    from lfm.evaluate.measure import Measured, measure
+
     try:
         return measure(catalogue.names(), recipe.evaluate, catalogue)
     except RequestError as error:  # the steps are done, and the report can still tell of them
@@ -171,7 +175,9 @@ def _heat_maps(runs: list[StepRun], catalogue: Catalogue) -> Iterator[HeatMap]:
         origin = roles.get("base") or roles.get("model")
         if origin is None or catalogue.resolve(origin).ref is None:
             continue
-        moved = relative_change(catalogue.open(origin).weights, catalogue.open(ModelRef(ref=run.step.name)).weights)
+        moved = run.lineage.get("change") or relative_change(
+            catalogue.open(origin).weights, catalogue.open(ModelRef(ref=run.step.name)).weights
+        )
         by_base.setdefault(catalogue.name_of(origin), {})[run.step.name] = moved
     for base, rows in by_base.items():
         columns = list(dict.fromkeys(group for row in rows.values() for group in row))

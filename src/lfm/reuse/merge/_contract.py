@@ -2,93 +2,256 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from lfm import method
 from lfm.models.ref import ModelRef
+from lfm.reuse.merge._array import Array
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
-DTypeName = Literal["float32", "bfloat16", "float16"]
-Scope = Literal["nothing", "tensor", "model"]
+DTypeName = Literal["float32", "bfloat16", "float16", "float64"]
+Scope = Literal["nothing", "tensor", "layer", "global"]
+
+
+def _setting(value: Any) -> Any:
+    """Check a value that is plain, a list (by layer) or a mapping (by tensor name): see `_settings`."""
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _setting(part)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"Input should be a finite number (got {value})")
+    if not isinstance(value, (dict, list, int, float, str)) or value in ([], {}):
+        raise ValueError(
+            f"Input should be a number, a list of numbers, or a mapping from names to them (got {value!r})"
+        )
+    return value
+
+
+def _weight(value: Any) -> Any:
+    if isinstance(value, (str, bool)):
+        raise ValueError(
+            f"Input should be a number, a list of numbers, or a mapping from names to them (got {value!r})"
+        )
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _weight(part)
+    return _setting(value)
+
+
+_SHAPES = WithJsonSchema({"anyOf": [{"type": kind} for kind in ("number", "string", "boolean", "array", "object")]})
+Setting = Annotated[Any, AfterValidator(_setting), _SHAPES]
+Weight = Annotated[
+    Any,
+    AfterValidator(_weight),
+    WithJsonSchema({"anyOf": [{"type": kind} for kind in ("number", "array", "object")]}),
+]
+
+
+class SliceSource(BaseModel):
+    """Some consecutive layers of one of the models."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(description="One of `models` (or the base), as it is written there.")
+    layers: tuple[int, int] = Field(description="First layer, and the one after the last.")
+    weight: Weight | None = Field(None, description="Its weight in this slice.")
+    parameters: dict[str, Setting] = Field({}, description="Parameters of the method, for this model in this slice.")
+
+
+class Slice(BaseModel):
+    """Consecutive layers of the output: merged from the same number of layers of each source."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sources: list[SliceSource] = Field(description="Which layers of which models; with one source, its keys alone do.")
+    parameters: dict[str, Any] = Field({}, description="Parameters of the method, in this slice.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "sources" not in value and "model" in value:
+            return {"sources": [value]}
+        return value
 
 
 class Inputs(method.Inputs):
-    """The models of a merge."""
+    """The models of a merge, and how they fit together."""
 
     models: list[ModelRef] = Field(description="The models to merge (the sources).", min_length=1)
     base: ModelRef | None = Field(None, description="The model that the sources were tuned from.")
-    weights: list[float] | None = Field(None, description="One weight for each model; all 1 if left out.")
+    weights: list[Weight] | None = Field(None, description="One weight for each model; all 1 if left out.")
     dtype: DTypeName | None = Field(None, description="Type of the merged weights; that of the base (or first model).")
+    rounding: Literal["nearest", "stochastic"] = Field("nearest", description="How numbers are rounded to that type.")
+    vary: dict[str, Any] = Field(
+        {}, description="Parameters that differ by layer ([0.2, 0.8]), tensor ({mlp: 0.5, default: 1}) or model."
+    )
+    slices: list[Slice] = Field([], description="Build the layers of the output from slices of the models' layers.")
+    only: list[str] = Field([], description="Merge only tensors with such names (`model.language_model.*`).")
+    rest: ModelRef | None = Field(None, description="Where the others come from: the base or first model if left out.")
+    tokenizer: str | dict[str, Any] = Field(
+        "same", description="For models whose tokenizers differ: `base`, `union`, one of the models, or rules."
+    )
+    chat_template: str | None = Field(None, description="`auto`, the name of a template, or its text.")
 
 
-@dataclass
-class Chunk:
-    """A part of one tensor, in every model: flat arrays of equal length, all finite, free to be overwritten.
+@dataclass(frozen=True, eq=False)
+class Site:
+    """What a method sees of one tensor: its elements in every model, as arrays to compute with.
 
-    They are float32, or float64 where a model stores the tensor so.
+    `weights` has one number for each source. A parameter that `per_source` names may differ between sources: ask
+    `each(name)`. Equal sites give equal results, so nothing here says which tensor it is but `layer`.
     """
 
-    tensor: str
-    sources: list[torch.Tensor]
-    base: torch.Tensor | None
+    sources: tuple[Array, ...]
+    base: Array | None
     weights: tuple[float, ...]
-    random_bits: Callable[[int], np.ndarray[Any, Any]]  # source -> uint32, the same wherever the tensor is cut
+    values: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    layer: tuple[int, int] | None = None  # number of the layer, and of layers; None for tensors outside of them
 
     @property
-    def the_base(self) -> torch.Tensor:
+    def the_base(self) -> Array:
         """The base's elements, for methods that need a base."""
         if self.base is None:
             raise AssertionError("the plan lets no method that needs a base run without one")
         return self.base
 
-    def deltas(self) -> Iterator[torch.Tensor]:
-        """Yield source - base for each source, in order. Takes the place of the sources: ask once."""
+    @cached_property
+    def deltas(self) -> list[Array]:
+        """The task vectors: source - base, for each source."""
+        return [source - self.the_base for source in self.sources]
+
+    def each(self, name: str) -> tuple[Any, ...]:
+        """Return a parameter's value for each source."""
+        return self.values[name]
+
+    def random(self, source: int) -> Array:
+        """Return uniform numbers in [0, 1): functions of seed, source, tensor and place alone."""
+        return Array("RANDOM", index=source)
+
+    def rank(self, source: int) -> Array:
+        """Return, in [0, 1], how many of the elements of its row moved less (row: all but the first axis)."""
+        return Array("INPUT", index=len(self.sources) + 1 + source)  # the engine puts them after the models
+
+    def moved(self, change: Array) -> Array:
+        """Return base + change: the base's own bits where the change is 0."""
+        return self.the_base - (0.0 - change)  # -0.0 + 0.0 is 0.0, but -0.0 - 0.0 is -0.0
+
+
+class Extent(Protocol):
+    """The elements that a measure looks at: one tensor, one layer, or all."""
+
+    @property
+    def sources(self) -> int:
+        """How many models are merged."""
+
+    @property
+    def size(self) -> int:
+        """How many elements each of them has here."""
+
+    def each(self, name: str) -> tuple[Any, ...]:
+        """Return a parameter's value for each source."""
+
+    def total(self, of: Callable[[Site], Sequence[tuple[Array, Array]]]) -> np.ndarray[Any, Any]:
+        """Return the sum over all elements of each product a * b, in float64."""
+
+    def largest(self, of: Callable[[Site], Sequence[Array]]) -> np.ndarray[Any, Any]:
+        """Return the largest element of each array."""
+
+    def kth_largest(self, of: Callable[[Site], Sequence[Array]], ranks: Sequence[int]) -> list[float]:
+        """Return, for each array, the magnitude (in float32) of its k-th largest element, 1 being the largest.
+
+        Rank 0 gives infinity, and a rank of `size` or more 0.0, which no magnitude is below; neither is looked for.
+        """
+
+
+@dataclass
+class Whole:
+    """One tensor in every model, whole, in float32 (float64 where stored so): for methods that need its shape."""
+
+    sources: list[np.ndarray[Any, Any]]
+    base: np.ndarray[Any, Any] | None
+    weights: tuple[float, ...]
+    values: dict[str, tuple[Any, ...]]
+    layer: tuple[int, int] | None
+    is_table: bool  # whether rows belong to tokens: an embedding, or an output layer
+    device: str = "cpu"  # where heavy arithmetic should run
+
+    @property
+    def the_base(self) -> np.ndarray[Any, Any]:
+        """The base's elements, for methods that need a base."""
+        if self.base is None:
+            raise AssertionError("the plan lets no method that needs a base run without one")
+        return self.base
+
+    def deltas(self) -> list[np.ndarray[Any, Any]]:
+        """Return the task vectors: source - base, for each source. Takes the place of the sources: ask once."""
         for source in self.sources:
-            yield source.sub_(self.the_base)
+            source -= self.the_base
+        return self.sources
 
-    def moved(self, change: torch.Tensor) -> torch.Tensor:
-        """Return base + change: the base's own bits where the change is 0. Takes the place of both: ask once."""
-        return self.the_base.sub_(change.neg_().add_(0.0))  # -0.0 + 0.0 is 0.0, but -0.0 - 0.0 is -0.0
-
-
-Scan = Callable[[Callable[[Chunk], "np.ndarray[Any, Any]"]], "np.ndarray[Any, Any]"]
+    def each(self, name: str) -> tuple[Any, ...]:
+        """Return a parameter's value for each source."""
+        return self.values[name]
 
 
 class Merge(method.Method):
-    """A way to combine weights.
-
-    `merge` sees one chunk at a time and decides each element from that element's values and from what `measure` found.
-    `measure` may look at whole tensors (`measures == "tensor"`) or whole models (`"model"`) first: `scan(f)` applies
-    f to every chunk and returns the sum of what it gives.
-
-    Add with separate products and sums, not with `add(alpha=)` or `lerp`: those may or may not be fused, depending on
-    where in a chunk an element lies, and bytes would depend on the chunk.
-    """
+    """A way to combine weights: `Elementwise` or `Tensorwise`."""
 
     weighted: ClassVar[bool] = True  # whether a weight per model means something
-    random: ClassVar[bool] = False  # whether `Chunk.random_bits` is used
+    per_source: ClassVar[tuple[str, ...]] = ()  # parameters that may differ between the sources
+    interpolates: ClassVar[bool] = False  # whether statistics of BatchNorm are merged like weights, or averaged
+    takes_base: ClassVar[bool] = False  # whether it works on task vectors where a base is given, which it does not need
 
     def objections(self, weights: Sequence[float]) -> list[str]:
         """Return what speaks against these weights, one for each model."""
         return []
+
+
+class Elementwise(Merge):
+    """A merge that decides each element from that element's values, and from what `measure` found.
+
+    `merge` writes a formula down, with arrays; it is run by the engine over all elements. `measure` may look at a whole
+    tensor (`scope == "tensor"`), layer or model (`"global"`) first.
+    """
 
     @property
     def measures(self) -> Scope:
         """What `measure` has to see before the first element can be merged."""
         return "nothing"
 
-    def measure(self, scan: Scan, sources: int, size: int) -> Any:
-        """Return what `merge` needs to know about a tensor, or all of them, of `size` elements in each source."""
+    def measure(self, extent: Extent) -> Any:
+        """Return what `merge` needs to know about all elements of an extent: hashable, such as numbers and tuples."""
         return None
 
     @abstractmethod
-    def merge(self, chunk: Chunk, measured: Any) -> torch.Tensor:
-        """Return the merged elements of a chunk, in the arithmetic of the chunk."""
+    def merge(self, site: Site, measured: Any) -> Array:
+        """Return the merged elements."""
+
+    @property
+    def takes(self) -> Literal["elements", "rows", "tensors"]:
+        """What is merged at once, with these settings; for rows and tensors `merge_whole` is asked, not those above.
+
+        A row is all axes but the first, and a vector is one row.
+        """
+        return "elements"
+
+    def merge_whole(self, tensor: Whole) -> np.ndarray[Any, Any]:
+        """Return the merged tensor, or any number of its rows where the method takes rows."""
+        raise NotImplementedError(f"{type(self).__name__} looks at elements alone")
+
+
+class Tensorwise(Merge):
+    """A merge that needs whole tensors with their shapes: it holds `copies` of them, in float32, for each source."""
+
+    copies: ClassVar[float] = 3.0
+
+    @abstractmethod
+    def merge(self, tensor: Whole) -> np.ndarray[Any, Any]:
+        """Return the merged tensor."""

@@ -1,36 +1,44 @@
-"""Runs any merge: compares headers, streams every tensor through the method in chunks, on worker threads.
+"""Runs any merge: compares headers, streams every tensor through the method, writes, checks what was written.
 
-Memory is bounded by the chunk, not by the model; the bytes written do not depend on the number of threads.
+Memory is bounded by the chunk, not by the model; the bytes written do not depend on threads, chunks or their order.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
-import torch
 
-from lfm.checkpoint import Checkpoint, OutputFolder, Spec, TensorWriter, torch_dtype
+from lfm.checkpoint import RAW, Checkpoint, OutputFolder, TensorWriter, raw_bytes
 from lfm.errors import LfmError, RequestError, plural
+from lfm.evaluate.change import group_of
 from lfm.method import number_of_models
+from lfm.models.ref import ModelRef
 from lfm.progress import Progress
 from lfm.recipe.step import Context, Outline, StepPlan, StepResult
-from lfm.reuse.merge._contract import Chunk, Inputs, Merge
+from lfm.reuse.merge import _kernels as kernels
+from lfm.reuse.merge._array import Array, total
+from lfm.reuse.merge._check import changed, config_problems
+from lfm.reuse.merge._contract import Elementwise, Inputs, Merge, Site, Tensorwise, Whole
+from lfm.reuse.merge._extent import TensorExtent
+from lfm.reuse.merge._kernels import Output, Totals
+from lfm.reuse.merge._layout import Layout, Target, codes, first_few, lay_out
+from lfm.reuse.merge._program import Program, Wanted, compile_program
+from lfm.reuse.merge._settings import setting_problems
+from lfm.reuse.merge._stream import CHUNK, Keys, Stream, is_wide
 
-CHUNK = 1 << 18  # elements, a multiple of 8 (see _random_bits); a few float32 chunks fit a core's cache
 SAYS_NOTHING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}  # about the function
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
+KEEP = 32_000_000  # bytes of a tensor that a thread keeps for the passes over it
+RESIDENT = 90_000_000  # bytes that the program itself takes, before it holds any part of a model
+BLOCKS = 4  # samples of a tensor that go into a model's fingerprint
 
 
 # --- planning, from headers -----------------------------------------------------------------------------------------
@@ -39,249 +47,410 @@ Answer = TypeVar("Answer")
 def plan(method: Merge, inputs: Inputs, context: Context) -> StepPlan:
     """Return what merging will read, write and take, and everything that speaks against it."""
     problems = _request_problems(method, inputs)
-    refs = [*([inputs.base] if inputs.base else []), *inputs.models]
+    refs = _refs(inputs)
     try:
-        reference, *others = outlines = context.outlines(refs)
+        outlines = dict(zip(refs, context.outlines(refs), strict=True))
     except RequestError as error:
         raise RequestError(*problems, *error.problems) from None
-    problems += dict.fromkeys(problem for outline in outlines for problem in _codes(outline))
-    for other in others:
-        problems += _differences(reference, other)
-    output = replace(reference, specs=_output_specs(reference.specs, inputs.dtype))
-    reads = sum(outline.nbytes for outline in outlines)
-    held = context.settings.threads * CHUNK * 4 * (2 * len(inputs.models) + 3)
-    notes = _notes(method, inputs, [outline.config for outline in outlines])
+    problems += dict.fromkeys(line for outline in outlines.values() for line in first_few(list(codes(outline))))
+    layout = lay_out(method, inputs, outlines) if not setting_problems(method, inputs) else Layout()
+    problems += dict.fromkeys([*layout.problems, *_tokenizer_problems(inputs, outlines)])
+    reference = outlines[_reference(inputs)]
+    output = replace(reference, specs=layout.specs, config=_config(reference.config, inputs, layout))
+    held, memory_problems = _memory(method, layout, context)
+    problems += [*memory_problems, *_device_problems(context.settings.device)]
+    notes = [*_notes(method, inputs, outlines), *layout.notes]
+    reads = sum(outline.nbytes for outline in outlines.values())
     return StepPlan(output, reads, output.nbytes, held, tuple(problems), tuple(notes))
 
 
-def _notes(method: Merge, inputs: Inputs, configs: Sequence[Mapping[str, Any] | None]) -> Iterator[str]:
-    """Yield what is no error and should not pass in silence; `configs` are those of the base (if any) and models."""
-    refs = [*([inputs.base] if inputs.base else []), *inputs.models]
-    reference, kept = refs[0].label, configs[0]
+def _refs(inputs: Inputs) -> list[ModelRef]:
+    """Return every model, the one that gives config and tokenizer first."""
+    return list(dict.fromkeys([*([inputs.base] if inputs.base else []), *inputs.models, *filter(None, [inputs.rest])]))
+
+
+def _reference(inputs: Inputs) -> ModelRef:
+    return inputs.base or inputs.models[0]
+
+
+def _notes(method: Merge, inputs: Inputs, outlines: Mapping[ModelRef, Outline]) -> Iterator[str]:
+    """Yield what is no error and should not pass in silence."""
+    reference, *others = _refs(inputs)
+    kept = outlines[reference].config
     if inputs.base is not None and not method.needs.base:
         yield f"{type(method).__name__} does not use a base; it gives the config"
-    for ref, config in zip(refs[1:], configs[1:], strict=True):
+    for ref in others:
+        config = outlines[ref].config
         if kept is not None and config is not None:
             keys = [key for key in sorted({*kept, *config} - SAYS_NOTHING) if kept.get(key) != config.get(key)]
             if keys:
-                yield f"{ref.label}: config differs from that of {reference}, which is taken: {', '.join(keys)}"
+                yield f"{ref.label}: config differs from that of {reference.label}, which is taken: {', '.join(keys)}"
 
 
 def _request_problems(method: Merge, inputs: Inputs) -> list[str]:
     name, (low, high), got = type(method).__name__, method.needs.sources, len(inputs.models)
     problems = []
-    if got < low or (high is not None and got > high):
+    if not inputs.slices and (got < low or (high is not None and got > high)):
         problems.append(f"{name} takes {number_of_models(low, high)}, got {got}")
     if method.needs.base and inputs.base is None:
         problems.append(f"{name} needs a base (--base), the model that the sources were tuned from")
-    if inputs.weights is not None and not method.weighted:
-        problems.append(f"{name} takes no weights")
-    elif inputs.weights is not None and len(inputs.weights) != got:
-        problems.append(
-            f"{plural(got, 'model')} and {plural(len(inputs.weights), 'weight')}: give one weight for each model"
-        )
-    elif inputs.weights is not None:
-        problems += method.objections(inputs.weights)
+    if inputs.slices and (inputs.only or inputs.rest):
+        problems.append("slices make a whole model: they do not go with `only` and `rest`")
+    if inputs.rest and not inputs.only:
+        problems.append("rest: says where tensors come from that `only` leaves out; give `only` too")
+    return [*problems, *_weight_problems(method, inputs), *setting_problems(method, inputs)]
+
+
+def _weight_problems(method: Merge, inputs: Inputs) -> list[str]:
+    name, weights, got = type(method).__name__, inputs.weights, len(inputs.models)
+    if weights is None:
+        return []
+    if not method.weighted:
+        return [f"{name} takes no weights"]
+    if len(weights) != got:
+        return [f"{plural(got, 'model')} and {plural(len(weights), 'weight')}: give one weight for each model"]
+    plain = [float(weight) for weight in weights if isinstance(weight, (int, float))]
+    return method.objections(plain) if len(plain) == got else []
+
+
+def _tokenizer_problems(inputs: Inputs, outlines: Mapping[ModelRef, Outline]) -> list[str]:
+    reference, *others = outlines.values()
+    problems = []
+    for other in others:
+        if reference.vocabulary and other.vocabulary and reference.vocabulary != other.vocabulary:
+            tokens = {*reference.vocabulary, *other.vocabulary}
+            moved = sum(reference.vocabulary.get(token) != other.vocabulary.get(token) for token in tokens)
+            problems.append(
+                f"{other.ref.label}: its tokenizer differs from that of {reference.ref.label} "
+                f"({plural(moved, 'token')} elsewhere or missing), so equal rows do not mean equal tokens"
+            )
     return problems
 
 
-def _codes(outline: Outline) -> list[str]:
-    """Return a line for each tensor that is neither a plain number nor a counter or flag, and so cannot be merged."""
-    found = [
-        f"{outline.ref.label}: tensor {name!r} is {spec}: codes or complex numbers, which cannot be merged; "
-        "convert the checkpoint to float32, bfloat16 or float16 first"
-        for name, spec in outline.specs.items()
-        if not spec.floating and spec.dtype.startswith(("F", "C"))
-    ]
-    return _first(found)
+def _device_problems(device: str) -> list[str]:
+    if device == "cpu":
+        return []
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        return [f"--device {device}: {str(error).splitlines()[0]}"]
+    return []
 
 
-def _differences(reference: Outline, other: Outline) -> list[str]:
-    """Return what keeps two models from being combined tensor by tensor, the first few of each kind."""
-    one, two = reference.ref.label, other.ref.label
-    absent = [f"{two}: tensor {name!r} is missing; {one} has it" for name in reference.specs if name not in other.specs]
-    extra = [f"{two}: tensor {name!r} is not in {one}" for name in other.specs if name not in reference.specs]
-    shapes = [
-        f"{two}: tensor {name!r} is {other.specs[name]}, in {one} it is {spec}"
-        for name, spec in reference.specs.items()
-        if name in other.specs and not spec.same_as(other.specs[name])
-    ]
-    problems = [line for lines in (absent, extra, shapes) for line in _first(lines)]
-    if reference.vocabulary and other.vocabulary and reference.vocabulary != other.vocabulary:
-        tokens = {*reference.vocabulary, *other.vocabulary}
-        moved = sum(reference.vocabulary.get(token) != other.vocabulary.get(token) for token in tokens)
-        problems.append(
-            f"{two}: its tokenizer differs from that of {one} ({plural(moved, 'token')} elsewhere or missing), "
-            "so equal rows do not mean equal tokens"
-        )
-    return problems
+def _memory(method: Merge, layout: Layout, context: Context) -> tuple[int, list[str]]:
+    """Return the bytes that a merge holds at most, and whether that is more than it may."""
+    threads, budget = context.settings.threads, context.settings.memory
+    largest = max((_held_by(method, target, CHUNK) for target in layout.targets.values()), default=0)
+    largest += KEEP if _measures_tensors(method) and budget is None else 0
+    if budget is None:
+        return RESIDENT + threads * largest, []
+    smallest = max((_held_by(method, target, 1 << 14) for target in layout.targets.values()), default=0)
+    if RESIDENT + smallest > budget:
+        need = f"{math.ceil((RESIDENT + smallest) / 1e6)}MB"
+        return RESIDENT + smallest, [f"--memory: {type(method).__name__} needs {need} at least for the largest tensor"]
+    return min(budget, RESIDENT + threads * largest), []
 
 
-def _first(lines: Sequence[str], limit: int = 3) -> list[str]:
-    return [*lines[:limit], *([f"... and {len(lines) - limit} more like it"] if len(lines) > limit else [])]
+def _measures_tensors(method: Merge) -> bool:
+    return isinstance(method, Elementwise) and method.measures == "tensor"
 
 
-def _output_specs(specs: Mapping[str, Spec], dtype: str | None) -> dict[str, Spec]:
-    """Return what is written, by name: the bytes do not depend on how the inputs are laid out or split into files."""
-    return {
-        name: Spec(DTYPES[dtype] if dtype and spec.floating else spec.dtype, spec.shape)
-        for name, spec in sorted(specs.items())
-    }
+def _held_by(method: Merge, target: Target, chunk: int) -> int:
+    """Return the bytes that one thread holds for a tensor."""
+    width = 8 if is_wide(target) else 4
+    if isinstance(method, Tensorwise) and target.kind == "merge":
+        return int(target.spec.size * width * method.copies * (len(target.inputs) + 1))
+    items = sum(int(np.dtype(RAW[origin.spec.dtype]).itemsize) for origin in target.inputs)
+    return min(target.spec.size, chunk) * (items + width + 4 * len(target.sources)) + (1 << 20)
+
+
+def _config(config: Mapping[str, Any] | None, inputs: Inputs, layout: Layout) -> dict[str, Any] | None:
+    if config is None:
+        return None
+    changed = {**layout.config, **({"dtype": inputs.dtype} if inputs.dtype else {})}
+    return {key: value for key, value in config.items() if key != "torch_dtype" or not inputs.dtype} | changed
 
 
 # --- running --------------------------------------------------------------------------------------------------------
 
+STREAMS = True  # what this engine reads is hashed on the way, so the executor need not read it before
+
 
 def run(method: Merge, inputs: Inputs, context: Context, folder: OutputFolder) -> StepResult:
     """Merge into `folder`."""
-    sources = [context.open(ref) for ref in inputs.models]
-    base = context.open(inputs.base) if inputs.base else None
-    reference = base or sources[0]
-    writer = folder.tensors(_output_specs(reference.specs, inputs.dtype))
-    weights = tuple(inputs.weights or [1.0] * len(sources))
-    models = _Models(method, sources, base if method.needs.base else None, weights, context.seed)
-    models.notes += _notes(method, inputs, [model.config for model in (*([base] if base else []), *sources)])
-    with _one_torch_thread(), ThreadPoolExecutor(context.settings.threads) as pool:
-        measured = models.measure_model(pool) if method.measures == "model" else None
-        names = list(writer.specs)
-        with Progress("merge", sum(spec.size for spec in writer.specs.values()), context.settings.quiet) as progress:
-            merge_one = partial(models.merge_tensor, writer=writer, reference=reference, measured=measured)
-            for name, note in zip(names, in_order(pool, merge_one, names, context.settings.threads * 4), strict=True):
-                progress.advance(writer.specs[name].size)
-                models.notes += note
+    refs = _refs(inputs)
+    outlines = dict(zip(refs, context.outlines(refs), strict=True))
+    layout = lay_out(method, inputs, outlines)
+    checkpoints = {ref: context.open(ref) for ref in refs}
+    reference = checkpoints[_reference(inputs)]
+    writer = folder.tensors(layout.specs)
+    threads, chunk = _shares(method, layout, context)
+    keys = Keys(context.seed, _fingerprints(checkpoints))
+    stream = Stream(checkpoints, keys, chunk)
+    if _measures_tensors(method) and context.settings.memory is None:
+        stream.keep = KEEP
+    if context.settings.device != "cpu":
+        from lfm.reuse.merge._torch import runner
+
+        stream.run = runner(context.settings.device)
+    work = _Work(method, inputs, stream, writer, context.settings.device)
+    with _one_torch_thread(), ThreadPoolExecutor(threads) as pool:
+        work.measure(layout, pool)
+        # The large ones first, so that no thread is left alone with one at the end.
+        order = sorted(layout.targets.values(), key=lambda target: -target.spec.nbytes)
+        with Progress("merge", sum(spec.size for spec in layout.specs.values()), context.settings.quiet) as progress:
+            for target in _finished(pool, work, order, threads):
+                progress.advance(target.spec.size)
     digest = writer.finish()
-    _copy_side_files(reference, folder, inputs.dtype)
-    return StepResult(digest, writer.digests(), notes=tuple(models.notes))
+    config = _config(reference.config, inputs, layout)
+    notes = [*_notes(method, inputs, outlines), *layout.notes, *sorted(work.notes)]
+    if config is not None and changed(layout.specs, reference.specs):
+        problems, remarks = config_problems(layout.specs, config)
+        notes += remarks
+        if problems:
+            raise LfmError("the merged model would not load: " + "; ".join(problems))
+    _copy_side_files(reference, folder, config)
+    return StepResult(digest, writer.digests(), notes=tuple(notes), change=work.change())
 
 
-@dataclass
-class _Models:
-    """The models of one merge, read side by side."""
-
-    method: Merge
-    sources: list[Checkpoint]
-    base: Checkpoint | None
-    weights: tuple[float, ...]
-    seed: int
-
-    def __post_init__(self) -> None:
-        self.notes: list[str] = []
-        self._content = [source.weights.tensor_digests() for source in self.sources] if self.method.random else []
-
-    def chunk(self, name: str, start: int) -> Chunk:
-        """Read a part of a tensor from every model, in the widest type stored, float32 at least."""
-        stop = min(start + CHUNK, self.sources[0].specs[name].size)
-        models = [*self.sources, *([self.base] if self.base else [])]
-        parts = [model.weights.read(name, start, stop) for model in models]
-        guilty = [model.ref for model, part in zip(models, parts, strict=True) if not _finite(part)]
-        if guilty:
-            raise LfmError(f"tensor {name!r} holds NaN or Inf in {', '.join(guilty)}: that checkpoint is broken")
-        wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-        parts = [part.to(wide) for part in parts]
-        return Chunk(
-            tensor=name,
-            base=parts.pop() if self.base else None,
-            sources=parts,
-            weights=self.weights,
-            random_bits=lambda source: self._random_bits(name, source, start, stop - start),
-        )
-
-    def _random_bits(self, name: str, source: int, start: int, count: int) -> np.ndarray[Any, Any]:
-        """Return uint32 numbers that are a function of seed, tensor, source's content, and position alone."""
-        if not self._content:
-            raise AssertionError(f"{type(self.method).__name__} has to say `random = True` to draw random numbers")
-        text = f"{self.seed}\0{name}\0{self._content[source][name]}"
-        key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
-        generator = np.random.Philox(key=key, counter=start // 8)  # one count is 4 words of 64 bits
-        return generator.random_raw(-(-count // 2)).view(np.uint32)[:count]
-
-    def places(self, names: Iterable[str]) -> Iterator[tuple[str, int]]:
-        for name in names:
-            for start in range(0, self.sources[0].specs[name].size, CHUNK):
-                yield name, start
-
-    def measure_model(self, pool: ThreadPoolExecutor) -> Any:
-        names = [name for name, spec in sorted(self.sources[0].specs.items()) if spec.floating and spec.size]
-        if not names:
-            return None
-
-        def scan(look: Callable[[Chunk], np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-            return _total(in_order(pool, lambda place: look(self.chunk(*place)), self.places(names)))
-
-        return self.method.measure(scan, len(self.sources), sum(self.sources[0].specs[name].size for name in names))
-
-    def measure_tensor(self, name: str) -> Any:
-        def scan(look: Callable[[Chunk], np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-            return _total(look(self.chunk(*place)) for place in self.places([name]))
-
-        return self.method.measure(scan, len(self.sources), self.sources[0].specs[name].size)
-
-    def merge_tensor(self, name: str, writer: TensorWriter, reference: Checkpoint, measured: Any) -> list[str]:
-        """Merge one tensor into the writer; returns notes."""
-        spec = writer.specs[name]
-        if not spec.floating:
-            return self._copy(name, writer, reference)
-        if self.method.measures == "tensor" and spec.size:
-            measured = self.measure_tensor(name)
-        for _, start in self.places([name]):
-            merged = self.method.merge(self.chunk(name, start), measured).to(torch_dtype(spec.dtype))
-            if not _finite(merged):
-                raise LfmError(
-                    f"tensor {name!r}: the merge overflows the range of {spec.dtype}; "
-                    "use --dtype float32, a smaller scale, or smaller weights"
-                )
-            writer.write(name, merged)
-        return []
-
-    def _copy(self, name: str, writer: TensorWriter, reference: Checkpoint) -> list[str]:
-        """Take counters and flags as they are: there is no arithmetic on them."""
-        differs = False
-        for start, part in reference.weights.chunks(name, CHUNK):
-            others = [source.weights.read(name, start, start + len(part)) for source in self.sources]
-            differs |= any(other.dtype != part.dtype or not torch.equal(other, part) for other in others)
-            writer.write(name, part)
-        if not differs:
-            return []
-        return [f"tensor {name!r} ({reference.specs[name]}) differs between the models; taken from {reference.ref}"]
-
-
-def _finite(part: torch.Tensor) -> bool:
-    """Whether all elements are numbers; many times as fast as `isfinite(part).all()`."""
-    low, high = part.aminmax()
-    return math.isfinite(low) and math.isfinite(high)
-
-
-def in_order(
-    pool: ThreadPoolExecutor, work: Callable[[Item], Answer], items: Iterable[Item], ahead: int = 8
-) -> Iterator[Answer]:
-    """Yield work(item) in the order of the items, done by the pool, at most `ahead` of them waiting."""
-    waiting: deque[Future[Answer]] = deque()
+def _finished(pool: ThreadPoolExecutor, work: _Work, targets: Sequence[Target], threads: int) -> Iterator[Target]:
+    """Yield targets as they are done; the first failure stops the rest."""
+    futures = [pool.submit(work.do, target) for target in targets]
     try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for future, target in zip(futures, targets, strict=True):
+            future.result()
+            yield target
     finally:
-        for future in waiting:
+        for future in futures:
             future.cancel()
 
 
-def _total(parts: Iterator[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    """Return the sum in order, so that threads cannot change it."""
-    total = next(parts).copy()
-    for part in parts:
-        total += part
-    return total
+def _shares(method: Merge, layout: Layout, context: Context) -> tuple[int, int]:
+    """Return how many threads and how large a chunk the memory allows."""
+    threads, chunk, budget = context.settings.threads, CHUNK, context.settings.memory
+    if budget is None:
+        return threads, chunk
+
+    def held(chunk: int) -> int:
+        return max((_held_by(method, target, chunk) for target in layout.targets.values()), default=0)
+
+    while chunk > 1 << 14 and RESIDENT + threads * held(chunk) > budget:
+        chunk //= 2
+    while threads > 1 and RESIDENT + threads * held(chunk) > budget:
+        threads -= 1
+    return threads, chunk
 
 
-_thread_setting = threading.Lock()
+@dataclass
+class _Work:
+    """Merges one tensor at a time, from any thread."""
+
+    method: Merge
+    inputs: Inputs
+    stream: Stream
+    writer: TensorWriter
+    device: str
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._measured: dict[str, Any] = {}
+        self._moved: dict[str, tuple[float, float]] = {}
+
+    # --- what is found out first
+
+    def measure(self, layout: Layout, pool: ThreadPoolExecutor) -> None:
+        """Measure all layers, or the whole model, where the method wants that."""
+        groups: dict[Any, list[Target]] = {}
+        for target in layout.targets.values():
+            if target.kind == "merge" and target.spec.size and (scope := self._scope(target)) in ("layer", "global"):
+                place = target.name.split(".", 1)[0] if target.layer is None else target.layer
+                groups.setdefault(place if scope == "layer" else "", []).append(target)
+        for targets in groups.values():
+            extent = TensorExtent(self.stream, targets, pool)
+            found = self._elementwise(targets[0]).measure(extent)
+            self._measured |= {target.name: found for target in targets}
+
+    def _scope(self, target: Target) -> str:
+        method = target.resolved.method if target.resolved else None
+        return method.measures if isinstance(method, Elementwise) else "nothing"
+
+    def _elementwise(self, target: Target) -> Elementwise:
+        method = target.resolved.method if target.resolved else None
+        if not isinstance(method, Elementwise):
+            raise AssertionError(f"{target.name} is not merged element by element")
+        return method
+
+    # --- one tensor
+
+    def do(self, target: Target) -> None:
+        """Merge one tensor into the writer."""
+        if target.kind == "copy" or not target.spec.size:
+            self._copy(target)
+        elif target.kind == "merge" and isinstance(self.method, Tensorwise):
+            self._merge_whole(target)
+        else:
+            self._merge(target)
+
+    def _merge(self, target: Target) -> None:
+        program = self._program(target)
+        totals = Totals.of(program)
+        ranked, wide = self.stream.wants_ranks(target, program), is_wide(target)
+        for part in self.stream.parts(target, ranked=ranked):
+            part = self.stream.with_ranks(target, part, wide) if ranked else part
+            output = Output(self.stream.buffer("output", target.spec.dtype, part.size), target.spec.dtype)
+            broken = self.stream.run(program, part, totals, output, wide=wide)
+            self.stream.check(target, broken.inputs)
+            self._write(target, output.values, broken.output)
+        if program.products:
+            moved, before = totals.products
+            self._moved[target.name] = (float(moved), float(before))
+
+    def _program(self, target: Target) -> Program:
+        site = self.stream.site(target)
+        rounding = self.inputs.rounding == "stochastic" and target.spec.dtype in ("BF16", "F16")
+        if target.kind == "average":
+            return self.stream.program(
+                (site, "average", rounding), lambda: self._wanted(_average(site), site, rounding)
+            )
+        method = self._elementwise(target)
+        if method.measures == "tensor":
+            measured, key = method.measure(TensorExtent(self.stream, [target])), None
+        else:
+            measured = self._measured.get(target.name)
+            key = (site, measured, rounding)
+        return self.stream.program(key, lambda: self._wanted(method.merge(site, measured), site, rounding))
+
+    @staticmethod
+    def _wanted(merged: Array, site: Site, stochastic: bool) -> Wanted:
+        noise = site.random(len(site.sources)) if stochastic else None
+        if site.base is None:
+            return Wanted(merged, noise)
+        change = merged - site.base
+        return Wanted(merged, noise, products=[(change, change), (site.base, site.base)])
+
+    def _merge_whole(self, target: Target) -> None:
+        method = target.resolved.method if target.resolved else None
+        if not isinstance(method, Tensorwise) or target.resolved is None:
+            raise AssertionError(f"{target.name} is not merged as a whole")
+        wide = is_wide(target)
+        models = [np.empty(target.spec.size, np.float64 if wide else np.float32) for _ in target.inputs]
+        for part in self.stream.parts(target):
+            for index, (raw, dtype) in enumerate(zip(part.inputs, part.dtypes, strict=True)):
+                values = kernels.widened(raw, dtype)
+                self.stream.check(target, [] if np.isfinite(values).all() else [index])
+                models[index][part.place : part.place + part.size] = values
+        shaped = [model.reshape(target.spec.shape) for model in models]
+        base = shaped.pop() if target.base else None
+        before = None if base is None else base.copy()
+        merged = method.merge(
+            Whole(
+                shaped,
+                base,
+                target.resolved.weights,
+                target.resolved.values,
+                target.layer,
+                target.is_table,
+                self.device,
+            )
+        )
+        flat = np.ascontiguousarray(merged, dtype=models[0].dtype).reshape(-1)
+        self._write_values(target, flat)
+        if before is not None:
+            change = (flat - before.reshape(-1)).astype(np.float64)
+            size = before.reshape(-1).astype(np.float64)
+            self._moved[target.name] = (float(change @ change), float(size @ size))
+
+    def _write_values(self, target: Target, values: np.ndarray[Any, Any]) -> None:
+        """Round and write numbers, in the way of a program that gives its input back."""
+        one = Array("INPUT")
+        noise = Array("RANDOM") if self.inputs.rounding == "stochastic" and target.spec.dtype != "F32" else None
+        program = compile_program(Wanted(one, noise))
+        dtype = "F64" if values.dtype == np.float64 else "F32"
+        for start in range(0, len(values), CHUNK):
+            piece = values[start : start + CHUNK]
+            output = Output(self.stream.buffer("output", target.spec.dtype, len(piece)), target.spec.dtype)
+            part = kernels.Part([piece], [dtype], start, self.stream.rounding_key(target))
+            broken = kernels.run(program, part, Totals.of(program), output, wide=is_wide(target))
+            self._write(target, output.values, broken.output or bool(broken.inputs))
+
+    def _write(self, target: Target, values: np.ndarray[Any, Any], overflow: bool) -> None:
+        if overflow:
+            raise LfmError(
+                f"tensor {target.name!r}: the merge overflows the range of {target.spec.dtype}; "
+                "use --dtype float32, a smaller scale, or smaller weights"
+            )
+        self.writer.append(target.name, raw_bytes(values))
+
+    def _copy(self, target: Target) -> None:
+        """Take a tensor as it is: counters and flags, on which there is no arithmetic, and what is not merged."""
+        origin, *others = [*([target.base] if target.base else []), *target.sources]
+        if origin.spec.dtype != target.spec.dtype:
+            plain = replace(target, sources=(origin,), base=None)
+            one = Array("INPUT")
+            program = compile_program(Wanted(one))
+            for part in self.stream.parts(plain):
+                output = Output(self.stream.buffer("output", target.spec.dtype, part.size), target.spec.dtype)
+                broken = self.stream.run(program, part, Totals.of(program), output, wide=is_wide(plain))
+                self.stream.check(plain, broken.inputs)
+                self._write(target, output.values, broken.output)
+            return
+        differs = any(other.spec.dtype != origin.spec.dtype for other in others)
+        for part in self.stream.parts(replace(target, sources=(origin, *others), base=None)):
+            first, *rest = part.inputs
+            differs |= any(not np.array_equal(first, values) for values in rest)
+            self.writer.append(target.name, raw_bytes(first))
+        if differs and not origin.spec.floating:
+            self.notes.append(
+                f"tensor {target.name!r} ({origin.spec}) differs between the models; "
+                f"taken from {self.stream.ref_of(origin.model)}"
+            )
+
+    def change(self) -> dict[str, float]:
+        """Return |merged - base| / |base| for each part of the model, and for all of it; empty without a base."""
+        sums: dict[str, list[float]] = {}
+        for name, (moved, before) in sorted(self._moved.items()):
+            for group in (group_of(name), "all"):
+                found = sums.setdefault(group, [0.0, 0.0])
+                found[0] += moved
+                found[1] += before
+        return {group: math.sqrt(moved / before) if before else 0.0 for group, (moved, before) in sums.items()}
+
+
+def _average(site: Site) -> Array:
+    """Return the mean of the sources by their weights, or their plain mean where those are no shares."""
+    weights = site.weights if min(site.weights) >= 0 and sum(site.weights) > 0 else (1.0,) * len(site.sources)
+    return total([source * (weight / sum(weights)) for source, weight in zip(site.sources, weights, strict=True)])
+
+
+def _fingerprints(checkpoints: Mapping[ModelRef, Checkpoint]) -> dict[ModelRef, str]:
+    """Return a name for each model by samples of what it holds: where a model lies, or stands in a list, is no part.
+
+    Two models that agree in all samples still get different random numbers: see `Keys`.
+    """
+    found: dict[ModelRef, str] = {}
+    seen: dict[str, list[ModelRef]] = {}
+    for ref, checkpoint in checkpoints.items():
+        digest = hashlib.sha256()
+        for name, spec in sorted(checkpoint.specs.items()):
+            digest.update(f"{name}\0{spec.dtype}\0{spec.shape}\0".encode())
+            for block in range(BLOCKS if spec.size > 64 * BLOCKS else min(spec.size, 1)):
+                start = block * (spec.size // BLOCKS)
+                digest.update(raw_bytes(checkpoint.weights.read_raw(name, start, min(start + 16, spec.size))))
+        alike = seen.setdefault(digest.hexdigest(), [])
+        found[ref] = f"{digest.hexdigest()} {len(alike)}"
+        alike.append(ref)
+    return found
 
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Leave parallelism to our own threads: tensors are many and chunks are small."""
+    """Leave parallelism to our own threads: tensors are many. Does nothing while nobody needs torch."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
     with _thread_setting:
         before = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -291,12 +460,10 @@ def _one_torch_thread() -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _copy_side_files(reference: Checkpoint, folder: OutputFolder, dtype: str | None) -> None:
+_thread_setting = threading.Lock()
+
+
+def _copy_side_files(reference: Checkpoint, folder: OutputFolder, config: Mapping[str, Any] | None) -> None:
     folder.copy({str(file.relative_to(reference.folder)): file for file in reference.side_files})
-    if reference.config is not None:
-        changed = {"dtype": dtype} if dtype else {}
-        folder.write_json("config.json", {**_without(reference.config, "torch_dtype" if dtype else ""), **changed})
-
-
-def _without(config: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name != key}
+    if config is not None:
+        folder.write_json("config.json", config)

@@ -7,22 +7,21 @@ Made for models tuned one after the other, each from the last: late changes of w
 changes are equally large, the one of the earlier model in the list is taken.
 """
 
-import torch
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._contract import Chunk, Merge
+from lfm.reuse.merge._array import Array, where
+from lfm.reuse.merge._contract import Elementwise, Site
 
 
-class Magmax(Merge):
+class Magmax(Elementwise):
     needs = Needs(sources=(1, None), base=True, same_architecture=True, same_tokenizer=True)
     paper = "https://arxiv.org/abs/2407.06322"
 
     scale: float = Field(0.5, description="How far to go along the merged task vector (lambda of the paper).")
 
-    def merge(self, chunk: Chunk, measured: None) -> torch.Tensor:
-        largest = torch.zeros_like(chunk.the_base)
-        for delta, weight in zip(chunk.deltas(), chunk.weights, strict=True):
-            delta *= weight
-            torch.where(delta.abs() > largest.abs(), delta, largest, out=largest)
-        return chunk.moved(largest.mul_(self.scale))
+    def merge(self, site: Site, measured: None) -> Array:
+        largest, *others = [delta * weight for delta, weight in zip(site.deltas, site.weights, strict=True)]
+        for change in others:
+            largest = where(abs(change) > abs(largest), change, largest)
+        return site.moved(largest * self.scale)

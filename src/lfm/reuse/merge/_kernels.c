@@ -1,0 +1,324 @@
+/* Runs the programs of _program.py, a tile at a time, so that everything but inputs and outputs stays in the first cache.
+ *
+ * _kernels.py compiles this when it is first needed, and has a twin of every function in numpy that gives the same bits:
+ * no fused multiply-add, sums in a fixed number of lanes. OP_* come from there. REAL is float or double.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define TILE 1024
+#define LANES 32
+
+typedef struct {
+    int32_t op, to, a, b, c, spare;
+    double value;
+} Step;
+
+static inline float from_bf16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+static inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+/* --- inputs: widened; returns whether a number among them is not finite */
+
+static int load_bf16(const uint16_t *from, REAL *to, int count) {
+    uint16_t bad = 0;
+    for (int i = 0; i < count; i++) {
+        to[i] = from_bf16(from[i]);
+        bad |= (from[i] & 0x7f80) == 0x7f80;
+    }
+    return bad;
+}
+
+static int load_f16(const uint16_t *from, REAL *to, int count) {
+    uint16_t bad = 0;
+    const _Float16 *values = (const _Float16 *)from;
+    for (int i = 0; i < count; i++) {
+        to[i] = (float)values[i];
+        bad |= (from[i] & 0x7c00) == 0x7c00;
+    }
+    return bad;
+}
+
+static int load_f32(const float *from, REAL *to, int count) {
+    uint32_t bad = 0;
+    for (int i = 0; i < count; i++) {
+        to[i] = from[i];
+        bad |= (bits_of(from[i]) & 0x7f800000u) == 0x7f800000u;
+    }
+    return bad;
+}
+
+static int load_f64(const double *from, REAL *to, int count) {
+    int bad = 0;
+    for (int i = 0; i < count; i++) {
+        to[i] = (REAL)from[i];
+        bad |= !(fabs(from[i]) <= 1.7976931348623157e308);
+    }
+    return bad;
+}
+
+static int load(int dtype, const char *from, int64_t place, REAL *to, int count) {
+    int bad = 0;
+    switch (dtype) {
+    case BF16: bad = load_bf16((const uint16_t *)from + place, to, count); break;
+    case F16: bad = load_f16((const uint16_t *)from + place, to, count); break;
+    case F32: bad = load_f32((const float *)from + place, to, count); break;
+    case F64: bad = load_f64((const double *)from + place, to, count); break;
+    }
+    for (int i = count; i < TILE; i++) to[i] = 0;
+    return bad;
+}
+
+/* --- outputs: rounded to the nearest even, or up with the probability of what is cut off; returns whether any overflows */
+
+static int store_bf16(const REAL *from, const REAL *noise, uint16_t *to, int count) {
+    uint16_t bad = 0;
+    for (int i = 0; i < count; i++) {
+        uint32_t bits = bits_of((float)from[i]);
+        bits += noise ? (uint32_t)(noise[i] * 65536) : 0x7fffu + ((bits >> 16) & 1);
+        to[i] = bits >> 16;
+        bad |= (to[i] & 0x7f80) == 0x7f80;
+    }
+    return bad;
+}
+
+static int store_f16(const REAL *from, const REAL *noise, uint16_t *to, int count) {
+    uint16_t bad = 0;
+    _Float16 *values = (_Float16 *)to;
+    for (int i = 0; i < count; i++) {
+        float x = (float)from[i];
+        if (noise) {
+            int exponent = (int)((bits_of(x) >> 23) & 0xff) - 127;
+            double quantum = ldexp(1.0, (exponent < -14 ? -14 : exponent) - 10);
+            x = (float)copysign(floor(fabs((double)x) / quantum + (double)noise[i]) * quantum, (double)x);
+        }
+        values[i] = (_Float16)x;
+        bad |= (to[i] & 0x7c00) == 0x7c00;
+    }
+    return bad;
+}
+
+static int store(int dtype, const REAL *from, const REAL *noise, char *to, int64_t place, int count) {
+    int bad = 0;
+    if (dtype == BF16) return store_bf16(from, noise, (uint16_t *)to + place, count);
+    if (dtype == F16) return store_f16(from, noise, (uint16_t *)to + place, count);
+    if (dtype == F32) {
+        float *out = (float *)to + place;
+        for (int i = 0; i < count; i++) {
+            out[i] = (float)from[i];
+            bad |= (bits_of(out[i]) & 0x7f800000u) == 0x7f800000u;
+        }
+        return bad;
+    }
+    double *out = (double *)to + place;
+    for (int i = 0; i < count; i++) {
+        out[i] = from[i];
+        bad |= !(fabs(out[i]) <= 1.7976931348623157e308);
+    }
+    return bad;
+}
+
+/* --- random numbers: Philox4x32-10 (Salmon et al. 2011); element i is word i % 4 of block i / 4 */
+
+static void draw(REAL *restrict to, uint64_t key, uint64_t place) {
+    uint32_t x0[TILE / 4], x1[TILE / 4], x2[TILE / 4], x3[TILE / 4];
+    uint64_t first = place / 4;
+    for (int i = 0; i < TILE / 4; i++) {
+        x0[i] = (uint32_t)(first + i);
+        x1[i] = (uint32_t)((first + i) >> 32);
+        x2[i] = x3[i] = 0;
+    }
+    uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+    for (int round = 0; round < 10; round++) {
+        for (int i = 0; i < TILE / 4; i++) {
+            uint64_t p = (uint64_t)0xD2511F53u * x0[i], q = (uint64_t)0xCD9E8D57u * x2[i];
+            uint32_t a = (uint32_t)(q >> 32) ^ x1[i] ^ k0, b = (uint32_t)(p >> 32) ^ x3[i] ^ k1;
+            x0[i] = a;
+            x1[i] = (uint32_t)q;
+            x2[i] = b;
+            x3[i] = (uint32_t)p;
+        }
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    for (int i = 0; i < TILE / 4; i++) {
+        to[4 * i] = (REAL)((float)(int32_t)(x0[i] >> 8) * 0x1p-24f);
+        to[4 * i + 1] = (REAL)((float)(int32_t)(x1[i] >> 8) * 0x1p-24f);
+        to[4 * i + 2] = (REAL)((float)(int32_t)(x2[i] >> 8) * 0x1p-24f);
+        to[4 * i + 3] = (REAL)((float)(int32_t)(x3[i] >> 8) * 0x1p-24f);
+    }
+}
+
+/* --- exp and tanh for |x| <= 700, in double: of + - * / alone, so that the numpy twin gives the same bits
+ *
+ * x = k ln 2 + r with a whole number k, so e^x = 2^k e^r; `rest` becomes e^r - 1 by its Taylor series, which is exact to
+ * the last bits for |r| <= ln 2 / 2, and `power` 2^k. Adding 1.5 * 2^52 rounds to whole numbers, which then are the low
+ * bits. */
+
+static const double TERMS[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+                               1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
+                               1.0 / 6,          1.0 / 2,         1.0};
+
+static inline void split_power(double x, double *power, double *rest) {
+    double shifted = x * 0x1.71547652b82fep0 + 0x1.8p52, k = shifted - 0x1.8p52;
+    double r = (x - k * 0x1.62e42feep-1) - k * 0x1.a39ef35793c76p-33; /* ln 2 in two parts */
+    double sum = TERMS[0];
+    for (int i = 1; i < 13; i++) sum = sum * r + TERMS[i];
+    *rest = sum * r;
+    uint64_t bits;
+    memcpy(&bits, &shifted, 8);
+    bits = (bits + 1023) << 52;
+    memcpy(power, &bits, 8);
+}
+
+static inline double exponential(double x) {
+    double power, rest;
+    split_power(x, &power, &rest);
+    return power * rest + power;
+}
+
+static inline double hyperbolic_tangent(double x) {
+    double power, rest;
+    split_power(2 * x, &power, &rest);
+    double grown = power * rest + (power - 1); /* e^2x - 1 */
+    return grown / (grown + 2);
+}
+
+/* --- what is found out about all elements */
+
+static void add_products(const REAL *a, const REAL *b, double *lanes, int count) {
+    double sums[LANES];
+    memcpy(sums, lanes, sizeof sums);
+    int i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (int j = 0; j < LANES; j++) sums[j] += (double)a[i + j] * (double)b[i + j];
+    for (int j = 0; i < count; i++, j++) sums[j] += (double)a[i] * (double)b[i];
+    memcpy(lanes, sums, sizeof sums);
+}
+
+static void count_high(const REAL *from, uint32_t *counts, int count) {
+    for (int i = 0; i < count; i++) counts[(bits_of((float)from[i]) & 0x7fffffffu) >> 16]++;
+}
+
+static void count_low(const REAL *from, uint32_t high, uint32_t *counts, int count) {
+    uint32_t bits[LANES];
+    for (int i = 0; i < count; i += LANES) {
+        int many = count - i < LANES ? count - i : LANES;
+        uint32_t any = 0;
+        if (many == LANES) {
+            for (int j = 0; j < LANES; j++) {
+                bits[j] = bits_of((float)from[i + j]) & 0x7fffffffu;
+                any |= (bits[j] >> 16) == high;
+            }
+        } else {
+            for (int j = 0; j < many; j++) bits[j] = bits_of((float)from[i + j]) & 0x7fffffffu;
+            any = 1;
+        }
+        if (!any) continue;
+        for (int j = 0; j < many; j++)
+            if (bits[j] >> 16 == high) counts[bits[j] & 0xffff]++;
+    }
+}
+
+static void look_for_largest(const REAL *from, double *largest, int count) {
+    REAL most = (REAL)*largest;
+    for (int i = 0; i < count; i++) most = most < from[i] ? from[i] : most;
+    *largest = most;
+}
+
+/* --- the machine */
+
+#define EACH(expression)                                                                                               \
+    for (int i = 0; i < TILE; i++) to[i] = (expression);                                                               \
+    break
+
+/* Runs `steps` over elements 0 .. count of every input; `place` is where in their tensor they lie. The first `constants`
+ * registers hold what their steps' values say. `bad` gets a 1 for each input with numbers that are not finite, and one
+ * more, the last, for the output. */
+int lfm_run(const Step *steps, int length, int registers, int constants, const double *values, char *const *inputs,
+            const int32_t *dtypes, int n_inputs, const uint64_t *keys, char *output, int output_dtype, int64_t place,
+            int64_t count, double *lanes, double *largest, uint32_t *counts, int32_t *bad) {
+    REAL *file = NULL;
+    if (posix_memalign((void **)&file, 64, (size_t)registers * TILE * sizeof(REAL))) return 1;
+    for (int r = 0; r < constants; r++)
+        for (int i = 0; i < TILE; i++) file[r * TILE + i] = (REAL)values[r];
+    for (int64_t begin = 0; begin < count; begin += TILE) {
+        int many = count - begin < TILE ? (int)(count - begin) : TILE;
+        for (const Step *step = steps; step < steps + length; step++) {
+            REAL *restrict to = file + (size_t)step->to * TILE;
+            const REAL *a = file + (size_t)step->a * TILE, *b = file + (size_t)step->b * TILE,
+                       *c = file + (size_t)step->c * TILE;
+            switch (step->op) {
+            case OP_INPUT: bad[step->a] |= load(dtypes[step->a], inputs[step->a], begin, to, many); break;
+            case OP_RANDOM: draw(to, keys[step->a], (uint64_t)(place + begin)); break;
+            case OP_ADD: EACH(a[i] + b[i]);
+            case OP_SUB: EACH(a[i] - b[i]);
+            case OP_MUL: EACH(a[i] * b[i]);
+            case OP_DIV: EACH(a[i] / b[i]);
+            case OP_ABS: EACH((REAL)FABS(a[i]));
+            case OP_SQRT: EACH((REAL)SQRT(a[i]));
+            case OP_SIGN: EACH((REAL)((a[i] > 0) - (a[i] < 0)));
+            case OP_MIN: EACH(b[i] < a[i] ? b[i] : a[i]);
+            case OP_MAX: EACH(a[i] < b[i] ? b[i] : a[i]);
+            case OP_LT: EACH((REAL)(a[i] < b[i]));
+            case OP_LE: EACH((REAL)(a[i] <= b[i]));
+            case OP_EQ: EACH((REAL)(a[i] == b[i]));
+            case OP_WHERE: EACH(a[i] != 0 ? b[i] : c[i]);
+            case OP_EXP: EACH((REAL)exponential((double)a[i]));
+            case OP_TANH: EACH((REAL)hyperbolic_tangent((double)a[i]));
+            case OP_STORE: bad[n_inputs] |= store(output_dtype, a, step->b < 0 ? NULL : b, output, begin, many); break;
+            case OP_DOT: add_products(a, b, lanes + (size_t)step->to * LANES, many); break;
+            case OP_LARGEST: look_for_largest(a, largest + step->to, many); break;
+            case OP_HIGH: count_high(a, counts + ((size_t)step->to << 16), many); break;
+            case OP_LOW: count_low(a, (uint32_t)step->value, counts + ((size_t)step->to << 16), many); break;
+            }
+        }
+    }
+    free(file);
+    return 0;
+}
+
+/* --- ranks within rows: a stable radix sort of the bits of magnitudes, 11 at a time */
+
+int lfm_rank_rows(float *values, int64_t count, int64_t row) {
+    uint32_t *keys = malloc((size_t)row * 16), *others = keys + row, *order = others + row, *next = order + row;
+    if (!keys) return 1;
+    for (float *begin = values; begin < values + count; begin += row) {
+        uint32_t counts[3][2048] = {{0}};
+        for (int64_t i = 0; i < row; i++) {
+            keys[i] = bits_of(begin[i]) & 0x7fffffffu;
+            order[i] = (uint32_t)i;
+            for (int digit = 0; digit < 3; digit++) counts[digit][keys[i] >> (11 * digit) & 2047]++;
+        }
+        for (int digit = 0; digit < 3; digit++) {
+            uint32_t sum = 0;
+            for (int bucket = 0; bucket < 2048; bucket++) {
+                uint32_t here = counts[digit][bucket];
+                counts[digit][bucket] = sum;
+                sum += here;
+            }
+            for (int64_t i = 0; i < row; i++) {
+                uint32_t place = counts[digit][keys[i] >> (11 * digit) & 2047]++;
+                others[place] = keys[i];
+                next[place] = order[i];
+            }
+            uint32_t *swap = keys;
+            keys = others, others = swap;
+            swap = order, order = next, next = swap;
+        }
+        for (int64_t i = 0; i < row; i++) begin[order[i]] = row > 1 ? (float)i / (float)(row - 1) : 0.5f;
+    }
+    free(keys < others ? keys : others);
+    return 0;
+}

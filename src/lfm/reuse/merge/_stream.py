@@ -1,0 +1,207 @@
+"""Streams tensors of several models side by side through programs, chunk by chunk, hashing what it reads.
+
+A worker thread takes a tensor at a time. Sums over a tensor run through it in order, in a fixed number of lanes, so
+neither threads nor the size of a chunk show in the results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lfm.checkpoint import RAW, Checkpoint, raw_bytes
+from lfm.errors import LfmError
+from lfm.models.ref import ModelRef
+from lfm.reuse.merge import _kernels as kernels
+from lfm.reuse.merge._array import Array
+from lfm.reuse.merge._contract import Site
+from lfm.reuse.merge._kernels import Output, Part, Totals
+from lfm.reuse.merge._layout import Origin, Target
+from lfm.reuse.merge._program import OPS, Program, Wanted, compile_program
+
+CHUNK = 1 << 18  # elements; what a thread holds of them in every model stays in a core's share of the caches
+UNIT = 32  # chunks begin at multiples of it: the lanes of sums, and the blocks of random numbers
+Values = np.ndarray[Any, Any]
+INPUT = OPS.index("INPUT")
+
+
+@dataclass
+class Keys:
+    """What the random numbers of a merge depend on besides tensor and place: the seed, and what the sources hold."""
+
+    seed: int
+    sources: dict[ModelRef, str] = field(default_factory=dict)
+
+    def of(self, target: Target, occurrence: Sequence[int]) -> tuple[int, ...]:
+        """Return a key for each source, and one for rounding."""
+        names = [
+            f"{self.sources.get(origin.model, '')}\0{number}"
+            for origin, number in zip(target.sources, occurrence, strict=True)
+        ]
+        texts = [f"{self.seed}\0{target.name}\0{name}" for name in (*names, "rounding")]
+        return tuple(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") for text in texts)
+
+
+class Stream:
+    """The models of one merge, read side by side."""
+
+    def __init__(self, checkpoints: dict[ModelRef, Checkpoint], keys: Keys, chunk: int = CHUNK) -> None:
+        self._checkpoints = checkpoints
+        self._keys = keys
+        self._chunk = max(chunk // UNIT * UNIT, UNIT)
+        self._known = {ref: set(checkpoint.weights.known_digests()) for ref, checkpoint in checkpoints.items()}
+        self._claimed: dict[ModelRef, set[str]] = {ref: set() for ref in checkpoints}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._sites: dict[Any, Site] = {}
+        self._programs: dict[Any, Program] = {}
+        self.run = kernels.run
+        self.keep = 0  # bytes of a tensor, in all models together, up to which one read serves several passes
+
+    # --- what methods see
+
+    def site(self, target: Target) -> Site:
+        """Return what a method sees of a tensor; tensors that look the same to it share one."""
+        if target.resolved is None:
+            raise AssertionError(f"{target.name} is not merged")
+        key = (target.resolved, target.layer, target.base is not None)
+        if key not in self._sites:
+            count = len(target.sources)
+            sources = tuple(Array("INPUT", index=index) for index in range(count))
+            base = Array("INPUT", index=count) if target.base else None
+            self._sites[key] = Site(sources, base, target.resolved.weights, target.resolved.values, target.layer)
+        return self._sites[key]
+
+    def program(self, key: Any, make: Callable[[], Wanted]) -> Program:
+        """Return the program for what is wanted, made once for each key."""
+        if key is None:
+            return compile_program(make())
+        if key not in self._programs:
+            self._programs[key] = compile_program(make())
+        return self._programs[key]
+
+    # --- running
+
+    def parts(self, target: Target, *, ranked: bool = False) -> Iterator[Part]:
+        """Yield a tensor's elements in every model, chunk by chunk; the arrays are used again for the next one."""
+        size, origins = target.spec.size, target.inputs
+        keys = self._keys.of(target, _occurrences(target.sources))
+        hashers = [self._hasher(origin) for origin in origins]
+        kept = self._kept(target)
+        for start in range(0, size, step := self._step(target, ranked)):
+            count = min(step, size - start)
+            if kept is None:
+                inputs = [self._read(index, origin, start, count) for index, origin in enumerate(origins)]
+            else:
+                inputs = [values[start : start + count] for values in kept]
+            for hasher, values in zip(hashers, inputs, strict=True):
+                if hasher is not None:
+                    hasher.update(raw_bytes(values))
+            yield Part(inputs, [origin.spec.dtype for origin in origins], start, keys)
+        for origin, hasher in zip(origins, hashers, strict=True):
+            if hasher is not None:
+                self._checkpoints[origin.model].weights.note_digests({origin.name: hasher.hexdigest()})
+
+    def scan(self, target: Target, program: Program, totals: Totals, output: Output | None = None) -> None:
+        """Run a program over a tensor; with an output, which takes the whole tensor, for its elements too."""
+        wide = is_wide(target)
+        ranked = self.wants_ranks(target, program)
+        for part in self.parts(target, ranked=ranked):
+            part = self.with_ranks(target, part, wide) if ranked else part
+            place = slice(part.place, part.place + part.size)
+            into = None if output is None else Output(output.values[place], output.dtype)
+            self.check(target, self.run(program, part, totals, into, wide=wide).inputs)
+
+    def check(self, target: Target, broken: Sequence[int]) -> None:
+        """Raise LfmError if inputs hold numbers that are none."""
+        guilty = [origin for index, origin in enumerate(target.inputs) if index in broken]
+        if guilty:
+            refs = ", ".join(dict.fromkeys(self._checkpoints[origin.model].ref for origin in guilty))
+            raise LfmError(f"tensor {guilty[0].name!r} holds NaN or Inf in {refs}: that checkpoint is broken")
+
+    def rounding_key(self, target: Target) -> tuple[int, ...]:
+        """Return the key of the random numbers that round a tensor."""
+        return self._keys.of(target, _occurrences(target.sources))[-1:]
+
+    def ref_of(self, model: ModelRef) -> str:
+        """Return a model's reference, for messages."""
+        return self._checkpoints[model].ref
+
+    def buffer(self, name: str, dtype: str, count: int) -> Values:
+        """Return memory of this thread for `count` elements, used again by the next call of that name."""
+        held: dict[str, Values] = self._local.__dict__.setdefault("held", {})
+        kind = np.dtype(RAW[dtype])
+        if name not in held or held[name].nbytes < count * kind.itemsize:
+            held[name] = np.empty(count * kind.itemsize, np.uint8)
+        return held[name][: count * kind.itemsize].view(kind)
+
+    def _read(self, index: int, origin: Origin, start: int, count: int) -> Values:
+        values = self.buffer(f"input {index}", origin.spec.dtype, count)
+        self._checkpoints[origin.model].weights.read_into(origin.name, start, values)
+        return values
+
+    def _kept(self, target: Target) -> list[Values] | None:
+        """Return a tensor of every model whole, where it is small enough to be kept from pass to pass."""
+        if sum(origin.spec.nbytes for origin in target.inputs) > self.keep:
+            return None
+        if self._local.__dict__.get("target") is not target:
+            self._local.target = None
+            size = target.spec.size
+            self._local.kept = [self._read(index, origin, 0, size) for index, origin in enumerate(target.inputs)]
+            self._local.target = target
+        kept: list[Values] = self._local.kept
+        return kept
+
+    def _hasher(self, origin: Origin) -> Any:
+        """Return what takes a tensor's digest along, for the first to read it whose digest is not known."""
+        with self._lock:
+            if origin.name in self._known[origin.model] or origin.name in self._claimed[origin.model]:
+                return None
+            self._claimed[origin.model].add(origin.name)
+        return hashlib.sha256()
+
+    def _step(self, target: Target, ranked: bool) -> int:
+        if not ranked or not target.spec.size:
+            return self._chunk
+        unit = math.lcm(row_length(target), UNIT)
+        return max(self._chunk // unit, 1) * unit
+
+    # --- ranks within rows
+
+    @staticmethod
+    def wants_ranks(target: Target, program: Program) -> bool:
+        """Whether a program reads more than the models: the inputs after them are the ranks."""
+        return any(op == INPUT and index >= len(target.inputs) for op, _, index, *_ in program.steps)
+
+    def with_ranks(self, target: Target, part: Part, wide: bool) -> Part:
+        """Return a part with more inputs: for each source, the ranks of its changes within their rows."""
+        site, ranks = self.site(target), []
+        for index, delta in enumerate(site.deltas):
+            out = Output(self.buffer(f"rank {index}", "F32", part.size), "F32")
+            sizes = self.program((site, "size", index), lambda delta=delta: Wanted(abs(delta)))  # type: ignore[misc]
+            self.check(target, self.run(sizes, part, Totals.of(sizes), out, wide=wide).inputs)
+            kernels.rank_rows(out.values, row_length(target))
+            ranks.append(out.values)
+        return Part([*part.inputs, *ranks], [*part.dtypes, *["F32"] * len(ranks)], part.place, part.keys)
+
+
+def row_length(target: Target) -> int:
+    """Return how many elements a row has: all axes but the first; a vector is one row."""
+    shape = target.spec.shape
+    return max(math.prod(shape[1:]) if len(shape) > 1 else target.spec.size, 1)
+
+
+def is_wide(target: Target) -> bool:
+    """Whether a tensor is merged in float64: where a model stores it so."""
+    return any(origin.spec.dtype == "F64" for origin in target.inputs)
+
+
+def _occurrences(sources: Sequence[Origin]) -> list[int]:
+    """Return, for each source, how many before it are the same tensor of the same model."""
+    return [sum(origin == earlier for earlier in sources[:index]) for index, origin in enumerate(sources)]
