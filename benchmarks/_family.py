@@ -1,6 +1,7 @@
 """A family of fine-tunes of one base, each made for one task, and how to measure what becomes of them."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,20 +44,20 @@ class Family(ABC):
         """Make the fine-tune of a task if it is not there."""
 
     @abstractmethod
-    def measure(self, weights: Path, part: Part, variant: str) -> Measured:
-        """Measure weights on every task."""
-
-    @abstractmethod
     def note(self, variant: str) -> str:
         """Return what a reader of the table has to know."""
 
     @abstractmethod
-    def ensemble(self, part: Part) -> Measured:
-        """Measure the mean of the sources' probabilities."""
+    def measure(self, weights: Path, task: str, part: Part, variant: str) -> Sample:
+        """Measure weights on a task."""
 
     @abstractmethod
-    def guesses(self) -> dict[str, Measured]:
-        """Return what takes no model, on the test examples."""
+    def ensemble(self, task: str, part: Part) -> Sample:
+        """Measure the mean of the sources' probabilities on a task."""
+
+    @abstractmethod
+    def guesses(self, task: str) -> dict[str, Sample]:
+        """Return what takes no model, on the test examples of a task."""
 
     def path(self, name: str) -> str:
         """Return the place of a data file."""
@@ -67,18 +68,24 @@ class Family(ABC):
         """The checkpoints to merge."""
         return [self.source(task) for task in self.tasks]
 
+    def measured_on(self, part: Part) -> tuple[str, ...]:
+        """Return all tasks that there are examples of."""
+        return (*self.tasks, *(self.others if part == "test" else ()))
+
     def known(self, weights: Path, part: Part, variant: str) -> Measured:
-        """Measure weights, or recall what was measured of equal weights before."""
+        """Measure weights on every task, or recall it."""
+        return {task: self.recall(weights, task, part, variant) for task in self.measured_on(part)}
+
+    def recall(self, weights: Path, task: str, part: Part, variant: str) -> Sample:
+        """Measure weights on a task, or recall what was measured of equal weights before."""
         settings = repr({name: value for name, value in vars(self).items() if name not in ("assets", "work")})
-        key = hashlib.sha256(f"{lfm.open_checkpoint(weights).digest} {part} {variant} {settings}".encode())
-        file = self.work / "scores" / f"{key.hexdigest()[:24]}.npz"
+        key = f"{lfm.open_checkpoint(weights).digest} {task} {part} {variant} {settings}"
+        file = self.work / "scores" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
         if file.exists():
-            with np.load(file) as arrays:
-                names = dict.fromkeys(name.partition(".")[0] for name in arrays.files)
-                return {name: Sample(arrays[f"{name}.sums"], arrays[f"{name}.counts"]) for name in names}
-        found = self.measure(weights, part, variant)
+            return Sample(*np.load(file))
+        found = self.measure(weights, task, part, variant)
         file.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {f"{task}.{kind}": getattr(found[task], kind) for task in found for kind in ("sums", "counts")}
-        np.savez(file.with_suffix(".partial.npz"), **arrays)
-        file.with_suffix(".partial.npz").replace(file)
+        draft = file.with_suffix(f".{os.getpid()}.npy")
+        np.save(draft, np.stack([found.sums, found.counts]))
+        draft.replace(file)
         return found

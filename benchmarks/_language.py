@@ -1,6 +1,7 @@
 """A Llama of 260,032 parameters, trained on TinyStories, tuned on Shakespeare, WikiText-2 and instructions."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _family import QUIET, Family, Part
-from _scores import Measured, Sample
+from _scores import Sample
 
 import lfm
 from lfm.data import DataSpec, Rows, read
@@ -89,45 +90,27 @@ class Language(Family):
         assert set(found.missing_keys) <= {"lm_head.weight"}, found.missing_keys  # which is the embedding
         return model
 
-    def _measured(self, part: Part) -> Iterator[str]:
-        return iter((*self.tasks, *(self.others if part == "test" else ())))
-
-    def measure(self, weights: Path, part: Part, variant: str) -> Measured:
+    def measure(self, weights: Path, task: str, part: Part, variant: str) -> Sample:
         model = self._with(weights)
-        return {
-            task: _sample([(model.log_probs(batch), batch["labels"]) for batch in self._batches(task, part)])
-            for task in self._measured(part)
-        }
+        return _sample((model.log_probs(batch), batch["labels"]) for batch in self._batches(task, part))
 
-    def ensemble(self, part: Part) -> Measured:
-        total: dict[tuple[str, int], torch.Tensor] = {}
-        for weights in self.sources:
-            model = self._with(weights)
-            for task in self._measured(part):
-                for number, batch in enumerate(self._batches(task, part)):
-                    log_probs, key = model.log_probs(batch), (task, number)
-                    total[key] = torch.logaddexp(total[key], log_probs) if key in total else log_probs
-        return {
-            task: _sample(
-                [
-                    (total[task, number] - np.log(len(self.tasks)), batch["labels"])
-                    for number, batch in enumerate(self._batches(task, part))
-                ]
-            )
-            for task in self._measured(part)
-        }
+    def ensemble(self, task: str, part: Part) -> Sample:
+        batches = self._batches(task, part)
+        found = [[self._with(weights).log_probs(batch) for batch in batches] for weights in self.sources]
+        means = [torch.stack(log_probs).logsumexp(0) - math.log(len(found)) for log_probs in zip(*found, strict=True)]
+        return _sample((mean, batch["labels"]) for mean, batch in zip(means, batches, strict=True))
 
-    def guesses(self) -> dict[str, Measured]:
+    def guesses(self, task: str) -> dict[str, Sample]:
         size = self._model().module.config.vocab_size
-        uniform = torch.full((size,), 1 / size).log()
-        rows: dict[str, dict[str, Sample]] = {"chance (any token)": {}, "frequency of tokens": {}}
-        for task in self._measured("test"):
-            for row, distribution in zip(rows.values(), (uniform, self._frequencies(task, size)), strict=True):
-                batches = self._batches(task, "test")
-                row[task] = _sample(
-                    [(distribution.expand(*batch["labels"].shape, -1), batch["labels"]) for batch in batches]
-                )
-        return rows
+        rows = {
+            "chance (any token)": torch.full((size,), 1 / size).log(),
+            "frequency of tokens": self._frequencies(task, size),
+        }
+        labels = [batch["labels"] for batch in self._batches(task, "test")]
+        return {
+            name: _sample((log_probs.expand(*some.shape, -1), some) for some in labels)
+            for name, log_probs in rows.items()
+        }
 
     def _frequencies(self, task: str, size: int) -> torch.Tensor:
         """Return the log frequencies of tokens in a task's training text (of all stories, which no task has)."""
@@ -141,7 +124,7 @@ class Language(Family):
         return (counts / counts.sum()).log()
 
 
-def _sample(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> Sample:
+def _sample(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Sample:
     """Return nats and tokens of each window."""
     nats, tokens = [], []
     for log_probs, labels in batches:

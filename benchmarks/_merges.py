@@ -36,57 +36,65 @@ def _on_base(
     return Case(name, name, base=True, peer_base="base", ours=ours or {"": ()}, peer=peer, random=random)
 
 
-def _plain(name: str, ours: tuple[str, ...] = (), **peer: float) -> Case:
+def _plain(name: str, method: str, **peer: float) -> Case:
     """Return a merge of two models without a base."""
-    return Case(name, name, ours={"": ours}, peer=peer)
+    return Case(name, method, peer=peer)
+
+
+MERGEKIT = ("--rules", "mergekit")  # how it breaks ties between signs
+DROP = ("--density", "0.5")
+CRUMBS = ("--density", "0.9", "--outliers", "0.01", "--scale", "1")
+
+
+def _same(*options: str) -> Mapping[str, tuple[str, ...]]:
+    """Return options that do what mergekit does, under the only label."""
+    return {"": options}
+
+
+def _both(shared: tuple[str, ...], *as_mergekit: str) -> Mapping[str, tuple[str, ...]]:
+    """Return options that do what mergekit does, and those that do what the paper says."""
+    return {"as mergekit": shared + as_mergekit, "as the paper": shared}
 
 
 CASES = {
     case.name: case
     for case in (
-        Case("linear2", "linear", peer={"weight": 0.5}),
-        Case("slerp", "slerp", peer_base="a", ours={"": ("--t", "0.5")}, peer={"t": 0.5}),
-        _on_base("task_arithmetic", {"": ("--scale", "1")}, weight=1.0, normalize=False),
+        _plain("linear2", "linear", weight=0.5),
+        Case("slerp", "slerp", peer_base="a", ours=_same("--t", "0.5", "--straight-from", "0.9995"), peer={"t": 0.5}),
+        _on_base("task_arithmetic", _same("--scale", "1"), weight=1, normalize=False),
         _on_base(
             "ties",
-            {"scope tensor": ("--density", "0.2", "--scope", "tensor"), "default scope": ("--density", "0.2")},
-            weight=1.0,
+            _both(("--density", "0.2"), "--scope", "tensor", *MERGEKIT),
+            weight=1,
             density=0.2,
             normalize=True,
         ),
-        _on_base("dare_ties", {"": ("--density", "0.5")}, random=True, weight=1.0, density=0.5, normalize=True),
-        _on_base("dare_linear", {"": ("--density", "0.5")}, random=True, weight=1.0, density=0.5, normalize=False),
         _on_base(
-            "breadcrumbs",
-            {"": ("--density", "0.9", "--outliers", "0.01", "--scale", "1")},
-            weight=1.0,
-            density=0.9,
-            gamma=0.01,
-            normalize=False,
-        ),
-        _on_base(
-            "breadcrumbs_ties",
-            {"": ("--density", "0.9", "--outliers", "0.01", "--scale", "1")},
-            weight=1.0,
-            density=0.9,
-            gamma=0.01,
+            "dare_ties",
+            _both(DROP, "--rescale", "norm", *MERGEKIT),
+            random=True,
+            weight=1,
+            density=0.5,
             normalize=True,
         ),
+        _on_base("dare_linear", _both(DROP, "--rescale", "norm"), random=True, weight=1, density=0.5, normalize=False),
+        _on_base("breadcrumbs", _same(*CRUMBS), weight=1, density=0.9, gamma=0.01, normalize=False),
+        _on_base("breadcrumbs_ties", _same(*CRUMBS, *MERGEKIT), weight=1, density=0.9, gamma=0.01, normalize=True),
         _on_base(
             "della",
-            {"": ("--density", "0.5", "--epsilon", "0.15")},
+            _both((*DROP, "--epsilon", "0.15"), "--rescale", "norm", *MERGEKIT),
             random=True,
-            weight=1.0,
+            weight=1,
             density=0.5,
             epsilon=0.15,
             normalize=True,
         ),
-        _on_base("sce", {"": ("--density", "0.5")}, select_topk=0.5),
-        _plain("karcher"),
-        _plain("nuslerp", weight=0.5),
-        _plain("multislerp", weight=0.5),
-        _on_base("model_stock"),
-        Case("nearswap", "nearswap", ("a",), True, "base", {"": ("--t", "0.001")}, {"t": 0.001}),
+        _on_base("sce", _same("--select-topk", "0.5", *MERGEKIT), select_topk=0.5),
+        _plain("karcher", "karcher"),
+        _plain("nuslerp", "nuslerp", weight=0.5),
+        _plain("multislerp", "multislerp", weight=0.5),
+        _on_base("model_stock", _same("--extrapolate", "--least-product", "1e-6")),
+        Case("nearswap", "nearswap", ("a",), True, "base", _same("--t", "0.001"), {"t": 0.001}),
         Case("arcee_fusion", "arcee_fusion", ("a",), True, "base", random=True),
         Case("passthrough", "passthrough", ("a",)),
         Case("tiny_tensors", "linear", peer={"weight": 0.5}, layout="many", peer_repeats=1),
@@ -95,7 +103,7 @@ CASES = {
             "experts_ties",
             "ties",
             base=True,
-            ours={"scope tensor": ("--density", "0.2", "--scope", "tensor"), "default scope": ("--density", "0.2")},
+            ours=_both(("--density", "0.2"), "--scope", "tensor"),
             layout="mixture",
             with_peer=False,
         ),

@@ -31,6 +31,11 @@ def _family(results: Results) -> Iterable[str]:
     failed = [one for one in results.examined if one.error]
     for variant in results.family.variants:
         yield f"### {results.family.title}, {variant}\n\n{results.family.note(variant)}\n\n{_table(results, variant)}"
+    if any(tried.masked is not None for one in results.examined for tried in one.tried.values()):
+        yield (
+            "¹ Not one model: these keep a mask for each task, and are told which task it is. Settings are those "
+            "chosen for the merged model."
+        )
     if failed:
         yield "Could not be run: " + "; ".join(f"`{one.method}` ({one.error})" for one in failed) + "."
     if results.left_out:
@@ -51,6 +56,10 @@ def _table(results: Results, variant: str) -> str:
         default = _percent(comparison.normalised(one.default))
         cells = [*comparison.cells(one.chosen), default]
         lines.append(f"| {method} | {_settings(one.settings)} | " + " | ".join(cells) + " |")
+    for method, one in tried:
+        if one.masked is not None:
+            cells = [*comparison.cells(one.masked), NONE]
+            lines.append(f"| {method}, a mask for each task¹ | {_settings(one.settings)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -77,7 +86,7 @@ class Comparison:
         return [
             *(_number(value) for value in own),
             _number(mean(own, metric)),
-            *(_number(values[task]) for task in self.family.others),
+            *(_number(values[task]) if task in values else NONE for task in self.family.others),
             _percent(score),
             NONE if same else f"{difference[0]:+.1f} ± {half_width(difference):.1f}",
         ]

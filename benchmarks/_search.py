@@ -18,10 +18,19 @@ Settings = dict[str, Any]
 
 # What is tried, one parameter after the other, each with the best of those before it. A method has those of its own.
 GRID: dict[str, tuple[Any, ...]] = {
-    "scale": (0.2, 1 / 3, 0.5, 0.7, 1.0, 1.5),
-    "density": (0.1, 0.3, 0.6, 0.9),
+    "scale": (1 / 3, 0.5, 0.7, 1.0, 1.5),
+    "density": (0.1, 0.3, 0.6),
 }
-OWN: dict[str, dict[str, tuple[Any, ...]]] = {}
+OWN: dict[str, dict[str, tuple[Any, ...]]] = {
+    "consensus": {"min_tasks": (1,), "sparsity": (0.2, 0.6)},
+    "iso_cts": {"common": (0.6,)},
+    "lines": {"alpha": (0.2, 0.5), "beta": (0.0, 0.3, 0.8)},
+    "model_stock": {"filter_wise": (True,)},
+    "pcb": {"ratio": (0.05, 0.3, 0.6)},
+    "ramplus": {"alpha": (0.0, 1.0)},
+    "sce": {"select_topk": (0.1, 0.3, 0.6)},
+    "wudi": {"others": ("average",), "learning_rate": (1e-4,)},
+}
 
 
 @dataclass
@@ -31,6 +40,7 @@ class Tried:
     default: Measured
     settings: Settings
     chosen: Measured
+    masked: Measured | None = None  # each task measured with a model of its own, for methods that keep masks
 
 
 @dataclass
@@ -60,7 +70,8 @@ def examine(family: Family, method: str) -> Examined:
             for variant in family.variants:
                 default = merges.measure({}, "test", variant)
                 settings = search(lambda settings, variant=variant: merges.score(settings, variant), method)
-                found.tried[variant] = Tried(default, settings, merges.measure(settings, "test", variant))
+                masked = merges.measure_masked(settings, variant) if "task" in merges.fields else None
+                found.tried[variant] = Tried(default, settings, merges.measure(settings, "test", variant), masked)
         except Exception as error:  # one method that fails, in whatever way, takes nothing from the others
             found.error = f"{type(error).__name__}: {error}".splitlines()[0]
     found.seconds = time.monotonic() - started
@@ -73,6 +84,7 @@ class Merges:
     def __init__(self, family: Family, method: str, folder: Path) -> None:
         self.family, self.method, self.folder = family, method, folder
         self.made: dict[str, Path] = {}
+        self.fields = lfm.cards()["merge", method].parameters.model_fields
 
     @classmethod
     @contextmanager
@@ -95,6 +107,11 @@ class Merges:
     def measure(self, settings: Settings, part: Part, variant: str) -> Measured:
         return self.family.known(self.make(settings), part, variant)
 
+    def measure_masked(self, settings: Settings, variant: str) -> Measured:
+        """Measure every task with the model that is kept for it; tasks without a source have none."""
+        of_task = {task: self.make(settings | {"task": number}) for number, task in enumerate(self.family.tasks)}
+        return {task: self.family.recall(path, task, "test", variant) for task, path in of_task.items()}
+
     def score(self, settings: Settings, variant: str) -> float:
         """Return the normalised score on validation data; that of nothing where the merge cannot be made."""
         try:
@@ -108,7 +125,7 @@ class Merges:
 def specialists_of(family: Family, part: Part) -> Measured:
     """Return what each source gives on its own task."""
     first = family.variants[0]
-    return {task: family.known(family.source(task), part, first)[task] for task in family.tasks}
+    return {task: family.recall(family.source(task), task, part, first) for task in family.tasks}
 
 
 def search(score: Callable[[Settings], float], method: str) -> Settings:

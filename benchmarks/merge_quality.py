@@ -59,8 +59,11 @@ def run_controls(family: Family, _: str) -> tuple[dict[str, Measured], dict[str,
         controls[variant] = {name: family.known(path, "test", variant) for name, path in models.items()}
         with Merges.temporary(family, "linear") as merges:
             controls[variant]["average"] = merges.measure({}, "test", variant)
-    controls[family.variants[0]]["ensemble of the sources"] = family.ensemble("test")
-    return family.guesses(), controls
+    ensemble = {task: family.ensemble(task, "test") for task in family.measured_on("test")}
+    controls[family.variants[0]]["ensemble of the sources"] = ensemble
+    by_task = {task: family.guesses(task) for task in family.measured_on("test")}
+    names = next(iter(by_task.values()))
+    return {name: {task: by_task[task][name] for task in by_task} for name in names}, controls
 
 
 def results(families: Sequence[Family], names: list[str] | None, jobs: int) -> list[_quality_tables.Results]:

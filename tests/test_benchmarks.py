@@ -135,7 +135,7 @@ def test_the_command_measures_and_writes_its_page(tmp_path):
         _lfm(tmp_path),
     ]
     page = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    for row in ("linear2", "ties (scope tensor)", "ties (default scope)", "tiny_tensors"):
+    for row in ("linear2", "ties (as mergekit)", "ties (as the paper)", "tiny_tensors"):
         assert f"| {row} |" in page
     assert "Not measured" not in page
 

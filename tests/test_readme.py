@@ -57,7 +57,7 @@ def merged_is_better_than_both_specialists(folder):
         "slerp",
         "task_arithmetic",
         "ties",
-        "dare",
+        "dare_linear",
         "dare_ties",
         "breadcrumbs",
         "magmax",

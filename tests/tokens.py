@@ -1,17 +1,24 @@
 """Tokenizers trained on the spot, and models as far as their tokens go."""
 
 import json
-from pathlib import Path
 
 import numpy as np
+import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from lfm.reuse.merge._tables import Tables
-from lfm.reuse.merge._vocabulary import Member
+from lfm.errors import RequestError
+from lfm.reuse.merge._tables import Tables, aligned, mean_rows
+from lfm.reuse.merge._tokenizer import Tokenizer as Policy
+from lfm.reuse.merge._vocabulary import Member, align
 
-STORIES260K = Path(__file__).parents[2] / "shared" / "assets" / "checkpoints" / "stories260k"
-TALES = ["Once upon a time there was a little girl who had a little red ball.", "The little dog and the big dog ran."] * 4
-LAWS = ["Whereas the tenant hath the tenancy thereof, the landlord shall let the lands.", "Über Ärger: größer – 中文 🙂"] * 4
+TALES = [
+    "Once upon a time there was a little girl who had a little red ball.",
+    "The little dog and the big dog ran.",
+] * 4
+LAWS = [
+    "Whereas the tenant hath the tenancy thereof, the landlord shall let the lands.",
+    "Über Ärger: größer – 中文 🙂",
+] * 4
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -32,9 +39,7 @@ def unigram(texts, size=60):
     """Return a Unigram tokenizer, with an added token that lies behind its vocabulary."""
     made = Tokenizer(models.Unigram())
     made.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=size, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
     made.train_from_iterator(texts, trainer)
     made.add_special_tokens(["<pad>"])
     return made
@@ -63,6 +68,10 @@ def with_added(tokenizer, *texts, special=True):
     made = Tokenizer.from_str(tokenizer.to_str())
     made.add_tokens([AddedToken(text, special=special, normalized=False) for text in texts])
     return made
+
+
+TALE, LAW = bpe(TALES), bpe(LAWS, 320)
+CHAT = with_added(TALE, "<|im_start|>", "<|im_end|>")
 
 
 def member(at, label, tokenizer=None, rows=None, *, config=None, others=(), **files):
@@ -105,3 +114,26 @@ def output(alignment, members, tables):
         mean = own[alignment.named & ~alignment.means].mean(0)
         own[alignment.means & (there < 0)] = mean
     return [own.astype(np.float32) for own in found]
+
+
+def aligned_by(members, policy="same", *, base=False):
+    return align(members, Policy.model_validate(policy), base=base)
+
+
+def refused(members, policy="same", *, base=False):
+    with pytest.raises(RequestError) as caught:
+        aligned_by(members, policy, base=base)
+    return caught.value.problems
+
+
+def merged_rows(alignment, members, seed=0):
+    """Return every model's table before, and after, by the code that engines use."""
+    tables = [table(member, seed=seed + index) for index, member in enumerate(members)]
+    reads = [reader(own) for own in tables]
+    means = mean_rows(reads, alignment, 3)
+    after = aligned(reads, alignment, 3, 0, alignment.size * 3, means=means)
+    return tables, [own.reshape(-1, 3) for own in after]
+
+
+def written(alignment):
+    return Tokenizer.from_str(alignment.files["tokenizer.json"].decode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ from pydantic import BaseModel
 from lfm.checkpoint import Checkpoint, open_checkpoint
 from lfm.data import DataSpec
 from lfm.errors import RequestError, did_you_mean
-from lfm.method import Have, Method, cards, methods_of
+from lfm.method import Have, Method, cards, methods_of, verbs
 from lfm.models.ref import ModelRef
 from lfm.recipe._yaml import Located
-from lfm.recipe.schema import Recipe, Step, check_step, load_recipe, validate
+from lfm.recipe.foreign import read_foreign
+from lfm.recipe.schema import Recipe, Step, check_foreign, check_step, load_recipe, validate
 from lfm.recipe.step import Settings
 
 if TYPE_CHECKING:
@@ -80,8 +82,35 @@ def one_step(
     if step is None or problems:
         raise RequestError(*problems)
     place = None if out is None else Path(out)
-    text = _text(step, place, seed, evaluate)
+    text = _text([step], place, seed, evaluate)
     return Recipe({step.name: step}, {}, place, seed, measures, text, single=True)
+
+
+def from_config(
+    path: str | Path,
+    *,
+    out: str | Path | None = None,
+    verb: str = "merge",
+    seed: int = 0,
+    evaluate: Mapping[str, Any] | None = None,
+    options: Mapping[str, str] | None = None,
+) -> Recipe:
+    """Return the recipe that means what a configuration of another program says: for `merge`, one of mergekit.
+
+    Raises RequestError with everything in it that is wrong or cannot be done. One step writes `out` itself; several
+    write folders in it, the result into `out/merged`. What differs from the other program is in the steps' `notes`.
+    """
+    problems: list[str] = []
+    steps = check_foreign(read_foreign(verbs()[verb], path, "merged"), problems)
+    measures = validate_measures(evaluate, problems, options) if evaluate else None
+    if problems:
+        raise RequestError(*problems)
+    place = None if out is None else Path(out)
+    single = len(steps) == 1
+    if single:
+        steps = [replace(steps[0], name=_step_name(out or steps[0].name, steps[0].as_dict()))]
+    text = _text(steps, place, seed, evaluate)
+    return Recipe({step.name: step for step in steps}, {}, place, seed, measures, text, single=single)
 
 
 def _step_name(out: str | Path | None, raw: Mapping[str, Any]) -> str:
@@ -92,11 +121,11 @@ def _step_name(out: str | Path | None, raw: Mapping[str, Any]) -> str:
     return next(name for name in (path.name or "out", str(path), f"{path} (new)") if name not in taken)
 
 
-def _text(step: Step, out: Path | None, seed: int, evaluate: Mapping[str, Any] | None) -> str:
-    """Return the recipe that does the same as a single step."""
-    content: dict[str, Any] = {"lfm": 1, "seed": seed, "steps": {step.name: step.as_dict()}}
+def _text(steps: Sequence[Step], out: Path | None, seed: int, evaluate: Mapping[str, Any] | None) -> str:
+    """Return the recipe that does the same as these steps, of which a single one writes `out` itself."""
+    content: dict[str, Any] = {"lfm": 1, "seed": seed, "steps": {step.name: step.as_dict() for step in steps}}
     content |= {"evaluate": dict(evaluate)} if evaluate else {}
-    content |= {"out": str(out.parent)} if out is not None else {}
+    content |= {"out": str(out.parent if len(steps) == 1 else out)} if out is not None else {}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
 
 

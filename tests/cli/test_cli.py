@@ -132,7 +132,7 @@ def test_a_dry_run_writes_nothing(lfm, family, tmp_path):
     assert code == 0
     assert "merge ties" in out
     assert not list(tmp_path.iterdir())
-    code, out, err = lfm("merge", "ties", a, "-o", tmp_path / "m", "--dry-run", "--json")
+    code, out, err = lfm("merge", "model_stock", a, "-o", tmp_path / "m", "--dry-run", "--json")
     assert code == 2
     assert "takes 2 or more models, got 1" in err
     assert len(json.loads(out)["problems"]) == 2
@@ -140,7 +140,7 @@ def test_a_dry_run_writes_nothing(lfm, family, tmp_path):
 
 def test_the_printed_recipe_does_the_same(lfm, family, tmp_path):
     base, a, b = family
-    arguments = ["merge", "dare", a, b, "--base", base, "--density", "0.3", "--seed", "5"]
+    arguments = ["merge", "dare_linear", a, b, "--base", base, "--density", "0.3", "--seed", "5"]
     (tmp_path / "r.yaml").write_text(lfm(*arguments, "-o", tmp_path / "x", "--print-recipe")[1])
     assert lfm(*arguments, "-o", tmp_path / "x")[0] == 0
     assert lfm("run", tmp_path / "r.yaml", "-o", tmp_path / "runs")[0] == 0
@@ -275,7 +275,7 @@ def test_the_example_of_every_help_page_is_a_right_command(lfm, verb, name):
 
 def test_a_method_is_found_without_its_verb(lfm):
     assert lfm("methods", "ties") == lfm("methods", "merge", "ties")
-    assert "Needs: 2 or more models, weights of the models, no data, no training, the base" in lfm("methods", "ties")[1]
+    assert "Needs: 1 or more models, weights of the models, no data, no training, the base" in lfm("methods", "ties")[1]
 
 
 def test_lists_are_written_with_commas(lfm, family, tmp_path):

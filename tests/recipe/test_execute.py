@@ -111,11 +111,12 @@ def test_a_plan_reads_headers_and_writes_nothing(family, tmp_path):
 def test_a_plan_tells_the_problems_of_all_steps(family, tmp_path):
     text = (
         f"lfm: 1\nmodels: {{a: {family['a']}, b: {tmp_path / 'nowhere'}}}\nout: {tmp_path / 'out'}\nsteps:\n"
-        "  x: {merge: linear, models: [a, b]}\n  y: {merge: ties, models: [a]}\n  z: {merge: linear, models: [x, a]}\n"
+        "  x: {merge: linear, models: [a, b]}\n  y: {merge: model_stock, models: [a]}\n"
+        "  z: {merge: linear, models: [x, a]}\n"
     )
     found = plan(check_recipe(parse_yaml(text, "r")), Settings()).problems
     assert any(problem.startswith("step x: ") and "no such folder" in problem for problem in found)
-    assert any("step y: Ties takes 2 or more models, got 1" in problem for problem in found)
+    assert any("step y: ModelStock takes 2 or more models, got 1" in problem for problem in found)
     assert any(problem.startswith("step z: 'x' cannot be made") for problem in found)
 
 
@@ -147,7 +148,8 @@ def test_lineage_and_card_tell_where_a_checkpoint_comes_from(family, tmp_path):
     ]
     assert lineage["parents"][0]["digest"] == open_checkpoint(family["a"]).digest
     assert lineage["output"]["digest"] == open_checkpoint(tmp_path / "out" / "ties").digest
-    assert lineage["parameters"] == {"density": 0.5, "scale": 1.0, "scope": "model"}
+    known = {"density": 0.5, "scale": 1.0, "normalize": True, "scope": "global", "rescale": "none", "rules": "paper"}
+    assert lineage["parameters"] == known
     both = json.loads((tmp_path / "out" / "both" / "lineage.json").read_text())
     assert both["parents"][1]["made_by"]["method"] == "ties"
     card = ModelCard.load(tmp_path / "out" / "ties" / "README.md")

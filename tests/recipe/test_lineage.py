@@ -44,7 +44,8 @@ def test_lineage_says_everything_that_made_a_checkpoint(family, tmp_path):
     assert {"lfm", "key", "environment", "seconds", "metrics", "notes"} <= set(lineage)
     assert (lineage["verb"], lineage["method"], lineage["seed"]) == ("merge", "ties", 7)
     assert lineage["paper"].startswith("https://arxiv.org/abs/")
-    assert lineage["parameters"] == {"density": 0.2, "scale": 1.0, "scope": "model"}
+    known = {"density": 0.2, "scale": 1.0, "normalize": True, "scope": "global", "rescale": "none", "rules": "paper"}
+    assert lineage["parameters"] == known
     assert lineage["inputs"] == {"weights": None, "dtype": None}
     assert [entry["digest"] for entry in lineage["parents"]] == [
         open_checkpoint(tmp_path / "out" / "s1").digest,

@@ -1,5 +1,6 @@
 """The engine of merging: the same bytes however it runs, every objection at once, nothing half done, little memory."""
 
+import errno
 import json
 import os
 import random
@@ -326,6 +327,57 @@ def test_a_merge_after_one_that_failed_is_as_if_nothing_had_been(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "good", "out"]
 
 
+# --- a disk that fills up
+
+
+def test_a_disk_that_fills_up_at_any_byte_is_told_and_a_rerun_works(tmp_path, monkeypatch):
+    paths = [save(tmp_path / f"m{i}", model) for i, model in enumerate((BASE, *SOURCES))]
+    call = {"base": paths[0], "settings": lfm.Settings(threads=2, quiet=True)}
+    expected = lfm.merge("ties", paths[1:], out=tmp_path / "expected", **call).digest
+    pwrite, rng = os.pwrite, random.Random(5)
+    for _ in range(20):
+        left = rng.randrange(1, 6000)
+
+        def until_full(descriptor, data, offset):
+            nonlocal left
+            if left <= 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written = pwrite(descriptor, data[:left], offset)
+            left -= written
+            return written
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", until_full)
+            if rng.random() < 0.9:  # nine in ten file systems cannot take the space beforehand
+                patch.setattr(os, "posix_fallocate", lambda *_: None)
+            try:
+                lfm.merge("ties", paths[1:], out=tmp_path / "out", **call)
+                shutil.rmtree(tmp_path / "out")
+            except LfmError as error:
+                assert "No space left on device; nothing was changed" in str(error)
+                assert nothing_loads(tmp_path / "out")
+    assert lfm.merge("ties", paths[1:], out=tmp_path / "out", **call).digest == expected
+
+
+# --- many tensors
+
+
+def test_cost_is_linear_in_the_number_of_tensors(tmp_path):
+    """Counted in calls of the machine and not in seconds: one for each tensor, and three for what is trimmed."""
+    from lfm.reuse.merge import _kernels
+
+    calls = {}
+    for count in (50, 400):
+        content = {f"t{i}": torch.full((8, 4), float(i)) for i in range(count)}
+        paths = [str(save(tmp_path / f"{count}-{i}", near(content, i) if i else content)) for i in range(3)]
+        with pytest.MonkeyPatch.context() as patch:
+            run, made = _kernels.run, []
+            patch.setattr(_kernels, "run", lambda *given, **options: made.append(1) or run(*given, **options))
+            lfm.merge("ties", paths[1:], base=paths[0], out=tmp_path / f"out{count}")
+        calls[count] = len(made)
+    assert calls[400] == 8 * calls[50]
+
+
 # --- a process of its own
 
 MEASURED = """
@@ -386,7 +438,7 @@ def test_a_killed_merge_leaves_nothing_half_and_a_rerun_gives_the_same(tmp_path)
     out, partial, rng = tmp_path / "out", tmp_path / "out.partial", random.Random(11)
     command, unfinished = [sys.executable, "-c", KILLED, *map(str, paths)], 0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as server:
-        for _ in range(16):
+        for _ in range(20):
             server.stdin.write(f"0.03 {out}\n")
             child = int(server.stdout.readline())
             end = time.monotonic() + rng.uniform(0, 0.6)  # its pauses alone take a second
@@ -404,7 +456,7 @@ def test_a_killed_merge_leaves_nothing_half_and_a_rerun_gives_the_same(tmp_path)
         server.stdin.write(f"0 {out}\n")
         server.stdin.close()
         assert server.stdout.read().split()[1:] == [undisturbed.digest, "exit", "0"]
-    assert unfinished >= 8
+    assert unfinished >= 10
     assert lfm.open_checkpoint(out).digest == undisturbed.digest
     assert not partial.exists()
     assert (out / "model.safetensors").read_bytes() == (undisturbed.folder / "model.safetensors").read_bytes()

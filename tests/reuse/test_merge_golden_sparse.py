@@ -246,9 +246,7 @@ def test_float64_is_trimmed_by_sizes_found_in_float32(size, density, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scope", ["tensor", "layer", "global"])
-@pytest.mark.parametrize(
-    ("density", "outliers"), [(0.5, 0.1), (0.9, 0.2), (0.3, 0.0), (1.0, 0.4), (0.02, 0.5)]
-)
+@pytest.mark.parametrize(("density", "outliers"), [(0.5, 0.1), (0.9, 0.2), (0.3, 0.0), (1.0, 0.4), (0.02, 0.5)])
 def test_breadcrumbs_keeps_the_middle(density, outliers, scope, dtype, tmp_path):
     base, *sources = (cast(model, dtype) for model in (BASE, *SOURCES))
     method = Breadcrumbs(density=density, outliers=outliers, scale=0.8, scope=scope)
@@ -392,6 +390,14 @@ def test_the_energies_of_sce_are_sums_of_squares(tmp_path):
     base, sources = {"w": torch.zeros(2)}, [{"w": torch.tensor([1.0, 1])}, {"w": torch.tensor([3.0, -1])}]
     found = merge(Sce(), sources, base, at=tmp_path)
     assert found["w"].tolist() == [pytest.approx((2 * 1 + 10 * 3) / 12), 0]
+
+
+def test_a_model_of_hardly_any_energy_is_damped_by_the_rules_of_mergekit(tmp_path):
+    """Its share is 1e-8, and mergekit divides by 1e-6 at least."""
+    base, sources = {"w": torch.zeros(2)}, [{"w": torch.tensor([1000.0, 0])}, {"w": torch.tensor([0.0, 0.1])}]
+    ours, theirs = (merge(Sce(rules=rules), sources, base, at=tmp_path)["w"] for rules in ("paper", "mergekit"))
+    assert ours.tolist() == pytest.approx([1000, 0.1])
+    assert theirs.tolist() == pytest.approx([1000, 0.001])
 
 
 def test_sce_selects_nothing_where_models_agree(tmp_path):

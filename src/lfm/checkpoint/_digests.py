@@ -24,7 +24,7 @@ def cache_folder() -> Path:
 def state(specs: Mapping[str, Spec]) -> str | None:
     """Return a name for the files of these tensors as they are now; None when they cannot be looked at."""
     try:
-        paths = sorted({spec.path.resolve() for spec in specs.values() if spec.path is not None})
+        paths = sorted(path.resolve() for path in {spec.path for spec in specs.values() if spec.path is not None})
         stats = [
             (str(path), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
             for path in paths

@@ -88,19 +88,17 @@ class FileWeights(Weights):
 
     def tensor_digests(self) -> dict[str, str]:
         """Return sha256 of each tensor's bytes; files that have not changed since the last time are not read again."""
+        if self._noted and self._state != _digests.state(self._specs):
+            self._noted = {}
         known = self.known_digests()
-        state = self._state
-        if state != _digests.state(self._specs):
-            self._noted, state = {}, _digests.state(self._specs)
-            known = {}
         missing = [name for name in self._specs if name not in known]
         if missing:
             found = self.hash_tensors(missing)
-            if _digests.state(self._specs) != state:
+            if _digests.state(self._specs) != self._state:
                 raise RequestError(f"{next(iter(self._specs.values())).path}: changed while it was being read")
             known = {**known, **found}
-        self._state, self._noted = state, {name: known[name] for name in self._specs}
-        _digests.remember(state, self._noted)
+        self._noted = {name: known[name] for name in self._specs}
+        _digests.remember(self._state, self._noted)
         return dict(self._noted)
 
 

@@ -231,7 +231,7 @@ class TensorWriter:
     def write(self, name: str, part: torch.Tensor) -> None:
         """Append the next elements of a tensor, which must have its declared dtype."""
         if part.dtype != torch_dtype(self.specs[name].dtype):
-            raise AssertionError(f"{name}: {part.dtype} is not {self.specs[name]}")
+            raise AssertionError(f"{name}: {part.dtype} does not go into {self.specs[name]}")
         self.append(name, as_bytes(part.reshape(-1)))
 
     def append(self, name: str, data: memoryview) -> None:

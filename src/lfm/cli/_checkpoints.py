@@ -3,22 +3,55 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from lfm.checkpoint import Checkpoint, Weights, combine, open_checkpoint
+from lfm.checkpoint.kinship import Kinship, Pair, kinship
 from lfm.cli import _print
 from lfm.errors import RequestError, plural
 
 
-def describe(ref: str, tensors: bool, digest: bool, allow_pickle: bool) -> dict[str, Any]:
+def open_all(refs: Iterable[str], allow_pickle: bool) -> list[Checkpoint]:
+    """Open several checkpoints, or raise RequestError with what is wrong with each of them."""
+    found: list[Checkpoint] = []
+    problems: list[str] = []
+    for ref in refs:
+        try:
+            found.append(open_checkpoint(ref, allow_pickle=allow_pickle))
+        except RequestError as error:
+            problems += error.problems
+    if problems:
+        raise RequestError(*problems)
+    return found
+
+
+def inspect_models(
+    refs: Sequence[str], base: str | None, *, tensors: bool, digest: bool, exact: bool, allow_pickle: bool, json_: bool
+) -> None:
+    """Print what checkpoints hold and, of two or more, how they are related."""
+    refs = refs if base is None or base in refs else [base, *refs]
+    models = open_all(refs, allow_pickle)
+    found = [describe(model, tensors, digest) for model in models]
+    root = None if base is None else models[list(refs).index(base)]
+    related = kinship(models, root, everything=exact) if len(models) > 1 else None
+    if json_:
+        _print.as_json(found if related is None else {"models": found, **asdict(related)})
+        return
+    tell(found)
+    if related is not None:
+        tell_kinship(related, refs, base_given=base is not None)
+
+
+def describe(checkpoint: Checkpoint, tensors: bool, digest: bool) -> dict[str, Any]:
     """Return what a checkpoint's headers and configs say."""
-    checkpoint = open_checkpoint(ref, allow_pickle=allow_pickle)
     specs = checkpoint.specs
     found: dict[str, Any] = {
-        "model": ref,
+        "model": checkpoint.ref,
         "architecture": ", ".join((checkpoint.config or {}).get("architectures") or ()) or None,
         "parameters": sum(spec.size for spec in specs.values() if spec.floating),
         "bytes": checkpoint.weights.nbytes,
@@ -65,6 +98,57 @@ def _cell(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{count} {name}" for name, count in value.items())
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def tell_kinship(found: Kinship, refs: Sequence[str], *, base_given: bool) -> None:
+    """Print how models are related: pair by pair, then their changes from the base."""
+    names = _short_names(refs)
+    click.echo()
+    head = ["pair", "verdict", "cosine", "of matrices", "distance", "equal", "tensors"]
+    _print.table(head, [_pair_row(pair, names) for pair in found.pairs], numbers=[2, 3, 4, 5])
+    if found.compared < 1:
+        click.echo(f"(from {found.compared:.2%} of the weights that they share; --exact compares all)")
+    if not found.task_vectors:
+        return
+    click.echo(f"\nchanges from {found.base}{'' if base_given else ', which looks like the base of the others'}")
+    agreement = {tuple(pair.models): f"{_share(pair.sign_conflict)} opposed" for pair in found.task_pairs}
+    cosines = {tuple(pair.models): f"cosine {_decimals(pair.cosine)}" for pair in found.task_pairs}
+    sources = [vector.model for vector in found.task_vectors]
+    rows = []
+    for place, vector in enumerate(found.task_vectors):
+        met = [(earlier, vector.model) for earlier in sources[:place]]
+        cells = [f"{cosines[pair]}, {agreement[pair]}" for pair in met]
+        padding = [""] * (len(sources) - 1 - place)
+        rows.append([names[vector.model], _print.number(vector.norm), *cells, *padding][: len(sources) + 1])
+    _print.table(["source", "size", *(f"and {names[source]}" for source in sources[:-1])], rows, numbers=[1])
+
+
+def _pair_row(pair: Pair, names: dict[str, str]) -> list[str]:
+    one, two = (names[model] for model in pair.models)
+    total = pair.shared + pair.other_shape + sum(pair.missing)
+    tensors = [f"{pair.shared:,} of {total:,}" if total > pair.shared else f"{total:,}"]
+    tensors += [plural(pair.other_shape, "other shape")] * bool(pair.other_shape)
+    tensors += [f"{_share(pair.unrelated)} of the matrices unrelated"] * (0 < (pair.unrelated or 0) < 1)
+    numbers = [_decimals(pair.cosine), _decimals(pair.matrix_cosine), _print.number(pair.distance), _share(pair.equal)]
+    return [f"{one}, {two}", pair.verdict, *numbers, ", ".join(tensors)]
+
+
+def _decimals(value: float | None) -> str:
+    return "-" if value is None else f"{round(value, 3) + 0.0:.3f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _short_names(refs: Sequence[str]) -> dict[str, str]:
+    """Return the shortest ends of references that tell them apart."""
+    parts = {ref: ref.rstrip("/").split("/") for ref in refs}
+    for depth in range(1, max(map(len, parts.values())) + 1):
+        names = {ref: "/".join(part[-depth:]) for ref, part in parts.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {ref: ref for ref in refs}
 
 
 def compare(before: str, after: str, allow_pickle: bool, json_: bool) -> bool:

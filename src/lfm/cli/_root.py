@@ -39,7 +39,7 @@ class Root(Suggesting):
 
 
 SECTIONS = {
-    "Run recipes": ("run", "validate", "recipes"),
+    "Run recipes": ("run", "validate", "recipes", "convert-config"),
     "Look at models": ("evaluate", "inspect", "diff", "verify"),
     "Find out": ("methods", "advise", "env", "completion"),
 }
@@ -220,19 +220,20 @@ def advise(access: str, data: str, train: bool, sources: int, base: bool, json_:
 
 @root.command(cls=options.Grouped)
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--base", metavar="MODEL", help="The model the others were tuned from; looked for if left out.")
+@click.option("--exact", is_flag=True, help="Compare all weights of several models, not a sample of them.")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--digest", is_flag=True, help="Compute content digests (reads the weights).")
 @click.option("--allow-pickle", is_flag=True, help="Read PyTorch pickle weights (tensors only).")
 @click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
-def inspect(models: tuple[str, ...], tensors: bool, digest: bool, allow_pickle: bool, json_: bool) -> None:
-    """Say what checkpoints hold, from their headers: size, types, architecture, tokenizer, where they come from."""
-    from lfm.cli._checkpoints import describe, tell
+def inspect(models: tuple[str, ...], base: str | None, json_: bool, **how: bool) -> None:
+    """Say what checkpoints hold, from their headers: size, types, architecture, tokenizer, where they come from.
 
-    found = [describe(model, tensors, digest, allow_pickle) for model in models]
-    if json_:
-        _print.as_json(found)
-    else:
-        tell(found)
+    Of several, a sample of the weights also says which belong together: fine-tunes of one base, or strangers.
+    """
+    from lfm.cli._checkpoints import inspect_models
+
+    inspect_models(models, base, json_=json_, **how)
 
 
 @root.command(cls=options.Grouped)
@@ -365,6 +366,21 @@ def recipe_schema() -> None:
     from lfm.recipe.schema import json_schema
 
     _print.as_json(json_schema())
+
+
+@root.command("convert-config", cls=options.Grouped)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="File to write; not over another.")
+def convert_config(config: Path, out: Path | None) -> None:
+    """Turn a configuration of mergekit into the recipe that means the same; comments say what differs."""
+    from lfm.cli._configs import converted, write_new
+
+    text = converted(config)
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    write_new(out, text)
+    click.echo(out)
 
 
 @root.command(cls=options.Grouped)

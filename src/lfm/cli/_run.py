@@ -65,11 +65,12 @@ def _tell_table(table: Any) -> None:
 
 
 def _tell_plan(made: RunPlan, json_: bool) -> None:
-    notes = [f"{step.name}: {note}" for step, found in made.steps for note in (found.notes if found else ())]
+    told = {step.name: [*step.notes, *(found.notes if found else ())] for step, found in made.steps}
+    notes = [f"{name}: {note}" for name, notes in told.items() for note in notes]
     if json_:
         steps = [
-            {"step": step.name, "method": _called(step)}
-            | ({key: getattr(found, key) for key in ("reads", "writes", "memory", "notes")} if found else {})
+            {"step": step.name, "method": _called(step), "notes": told[step.name]}
+            | ({key: getattr(found, key) for key in ("reads", "writes", "memory")} if found else {})
             for step, found in made.steps
         ]
         _print.as_json({"steps": steps, "problems": made.problems, "notes": made.notes})
@@ -77,8 +78,9 @@ def _tell_plan(made: RunPlan, json_: bool) -> None:
         rows = []
         for step, found in made.steps:
             sizes = [_print.size(count) for count in (found.reads, found.writes, found.memory)] if found else ["?"] * 3
-            rows.append([step.name, _called(step), *sizes])
-        _print.table(["step", "method", "reads", "writes", "memory"], rows, numbers=(2, 3, 4))
+            seconds = found.seconds if found else None
+            rows.append([step.name, _called(step), *sizes, "?" if seconds is None else f"about {seconds:.1g} s"])
+        _print.table(["step", "method", "reads", "writes", "memory", "time"], rows, numbers=(2, 3, 4, 5))
     for note in (*notes, *made.notes):
         click.echo(f"note: {note}", err=True)
 

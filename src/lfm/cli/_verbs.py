@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lfm.cli import _options as options
 from lfm.cli._run import run_and_tell
 from lfm.errors import RequestError, did_you_mean
-from lfm.method import Card, Verb, methods_of
+from lfm.method import Card, Verb, first_line, methods_of
+from lfm.recipe.foreign import reader
+
+if TYPE_CHECKING:
+    from lfm.recipe.schema import Recipe
+
+CONFIG = "config"  # the hidden command behind `--config FILE`
 
 
 class Suggesting(click.Group):
@@ -31,10 +39,20 @@ class VerbGroup(Suggesting):
         super().__init__(verb.name, help=verb.summary, no_args_is_help=True)
         self._verb = verb
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Let `--config FILE`, wherever it stands, take the place of a method."""
+        if any(arg.split("=")[0] == f"--{CONFIG}" for arg in args) and reader(self._verb) is not None:
+            if args[0] in methods_of(self._verb.name):
+                raise click.UsageError(f"the file that --{CONFIG} names says the method, too; leave {args[0]} out", ctx)
+            args = [CONFIG, *args]
+        return super().parse_args(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(methods_of(self._verb.name))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == CONFIG and reader(self._verb) is not None:
+            return config_command(self._verb)
         card = methods_of(self._verb.name).get(cmd_name)
         return None if card is None else method_command(card)
 
@@ -45,6 +63,8 @@ class VerbGroup(Suggesting):
         with formatter.section("Examples"):
             for line in (_example(card) for card in list(methods.values())[:3]):
                 formatter.write_text(line)
+            if reader(self._verb) is not None:
+                formatter.write_text(f"lfm {self._verb.name} --{CONFIG} theirs.yaml -o out")
             formatter.write_text(f"lfm {self._verb.name} METHOD --help")
 
 
@@ -87,7 +107,7 @@ def method_command(card: Card) -> click.Command:
     @options.seed_option
     @click.option("--print-recipe", is_flag=True, help="Print the recipe of this command and do nothing.")
     def command(**values: Any) -> None:
-        _run(card, values)
+        _run_method(card, values)
 
     return MethodCommand(card, click.command()(command))
 
@@ -98,9 +118,45 @@ def _rewrapped(doc: str) -> str:
     return "\n\n".join(f"\b\n{part}" if part.startswith((" ", "1.")) else part for part in paragraphs)
 
 
-def _run(card: Card, values: dict[str, Any]) -> None:
+def config_command(verb: Verb) -> click.Command:
+    """Return the command that runs a configuration of another program."""
+
+    @click.command(CONFIG, cls=options.Grouped, help=_config_help(verb), hidden=True)
+    @click.option(
+        f"--{CONFIG}", "path", type=click.Path(path_type=Path), required=True, metavar="FILE", help="What to run."
+    )
+    @options.settings_options
+    @options.measure_options
+    @options.run_options
+    @options.seed_option
+    @click.option("--print-recipe", is_flag=True, help="Print the recipe that means the same and do nothing.")
+    def command(path: Path, **values: Any) -> None:
+        from lfm.api import from_config
+
+        _run(lambda **how: from_config(path, verb=verb.name, options={}, **how), values)
+
+    return command
+
+
+def _config_help(verb: Verb) -> str:
+    """Return what the verb's reader says of itself, and where the rest stands."""
+    return f"{first_line(reader(verb).__doc__)}\n\n`lfm convert-config FILE` prints the recipe that means the same."
+
+
+def _run_method(card: Card, values: dict[str, Any]) -> None:
     from lfm.api import one_step
 
+    names = options.option_names(card.verb.inputs, card.parameters)
+    fields = {name: values.pop(name) for name in names}
+
+    def make(**how: Any) -> Recipe:
+        return one_step(card.verb.name, card.name, options.given_values(fields), options=names, **how)
+
+    _run(make, values)
+
+
+def _run(make: Callable[..., Recipe], values: dict[str, Any]) -> None:
+    """Make a recipe, with what the options that all commands share say, and run it."""
     settings = options.settings_from(
         *(values.pop(name) for name in ("device", "threads", "memory", "allow_pickle", "quiet"))
     )
@@ -108,10 +164,8 @@ def _run(card: Card, values: dict[str, Any]) -> None:
     out, overwrite, dry_run, json_, seed, print_recipe = (
         values.pop(name) for name in ("out", "overwrite", "dry_run", "json_", "seed", "print_recipe")
     )
-    names = options.option_names(card.verb.inputs, card.parameters)
     try:
-        given = options.given_values(values)
-        recipe = one_step(card.verb.name, card.name, given, out=out, seed=seed, evaluate=measures, options=names)
+        recipe = make(out=out, seed=seed, evaluate=measures)
     except RequestError as error:
         missing = ["where to? pass -o FOLDER"] if out is None and not print_recipe else []
         raise RequestError(*error.problems, *missing) from None

@@ -67,7 +67,7 @@ class ModelRef(BaseModel):
         return self
 
     def __hash__(self) -> int:
-        return hash((self.label, self.tokenizer, self.task))  # `arguments` and `config` may hold dictionaries
+        return hash(self.ref or self.module)  # `arguments` and `config` may hold dictionaries
 
     @property
     def label(self) -> str:

@@ -43,10 +43,14 @@ class Located:
     def where(self, place: Iterable[str | int]) -> str:
         """Return `file:line: dotted.place`, with the line of the nearest enclosing value that has one."""
         place = tuple(place)
-        line = next((self.lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in self.lines), None)
+        line = self.line(place)
         keys = [_printable(str(part)) for part in place]
         dotted = ".".join([self.options.get(key, key) for key in keys[:1]] + keys[1:])
         return ": ".join(part for part in (self.name if line is None else f"{self.name}:{line}", dotted) if part)
+
+    def line(self, place: Place) -> int | None:
+        """Return the line of a value, or of the nearest enclosing one that has one."""
+        return next((self.lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in self.lines), None)
 
 
 def _printable(key: str) -> str:
@@ -55,24 +59,42 @@ def _printable(key: str) -> str:
 
 def read_yaml(path: Path) -> Located:
     """Return a YAML file's content. Raises RequestError, with the line, for anything that is not plain YAML."""
+    return parse_yaml(_text_of(path), str(path))
+
+
+def read_documents(path: Path) -> list[Located]:
+    """Return the documents of a YAML file, which `---` separates; otherwise as `read_yaml`."""
+    return _documents(_text_of(path), str(path))
+
+
+def _text_of(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}") from None
-    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, name: str) -> Located:
     """Return the content of a YAML text; `name` stands for the file in messages."""
-    located = Located(name, None)
+    documents = _documents(text, name)
+    if len(documents) > 1:
+        raise RequestError(f"{documents[1].where(())}: not valid YAML: but found another document")
+    return documents[0] if documents else Located(name, None)
+
+
+def _documents(text: str, name: str) -> list[Located]:
+    documents: list[Located] = []
     try:
         loader = _Loader(text)
         try:
-            node = loader.get_single_node()
-            if node is not None:
-                located.value = _Reader(loader, located).read(node, ())
+            while loader.check_node():
+                located = Located(name, None)
+                node = loader.get_node()
+                if node is not None:
+                    located.value = _Reader(loader, located).read(node, ())
+                documents.append(located)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -83,7 +105,7 @@ def parse_yaml(text: str, name: str) -> Located:
         raise RequestError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise RequestError(f"{name}: nested too deeply") from None
-    return located
+    return documents
 
 
 class _Reader:

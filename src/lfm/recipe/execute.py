@@ -264,7 +264,7 @@ def _run_step(step: Step, recipe: Recipe, catalogue: Catalogue, overwrite: bool)
             "output": {"digest": result.digest},
             "change": dict(result.change),
             "metrics": dict(result.metrics),
-            "notes": list(result.notes),
+            "notes": [*step.notes, *result.notes],
             "seconds": round(time.perf_counter() - started, 3),
             "environment": environment(),
         }

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -30,6 +30,7 @@ from lfm.evaluate.spec import Evaluate
 from lfm.method import Card, Inputs, Method, Verb, cards, methods_of, verbs
 from lfm.models.ref import ModelRef
 from lfm.recipe._yaml import Located, read_yaml
+from lfm.recipe.foreign import SUFFIXES, ForeignStep, is_foreign, read_foreign, reader
 
 VERSION = 1
 RESERVED = ("report.html", "results.json")  # what a run leaves beside the folders of its steps
@@ -44,6 +45,7 @@ class Step:
     card: Card
     inputs: Inputs
     parameters: Mapping[str, Any]
+    notes: tuple[str, ...] = ()  # what reading it had to say
 
     @cached_property
     def method(self) -> Method:
@@ -122,12 +124,14 @@ def check_recipe(located: Located, text: str = "") -> Recipe:
     problems: list[str] = []
     frame = validate(_Frame, located.value, located, (), problems)
     raw_steps = located.value.get("steps")
+    raw_steps = raw_steps if isinstance(raw_steps, dict) else {}
     steps: dict[str, Step] = {}
-    for name, raw in raw_steps.items() if isinstance(raw_steps, dict) else ():
+    for name, raw in raw_steps.items():
         if isinstance(raw, dict):
-            step = check_step(name, raw, located, ("steps", name), problems)
-            if step is not None:
-                steps[name] = step
+            for step in check_steps(name, raw, located, ("steps", name), problems):
+                if step.name in steps or (step.name != name and step.name in raw_steps):
+                    problems.append(f"{located.where(('steps', name))}: makes {step.name!r}, as another step does")
+                steps[step.name] = step
     if frame is not None:
         problems += [f"{located.where(place)}: {text}" for place, text in _name_problems(frame, steps)]
     if not problems:
@@ -136,6 +140,28 @@ def check_recipe(located: Located, text: str = "") -> Recipe:
         raise RequestError(*problems)
     out = Path(frame.out) if frame.out else None
     return Recipe(steps, frame.models, out, frame.seed, frame.evaluate, text)
+
+
+def check_steps(name: str, raw: Mapping[str, Any], located: Located, place: Place, problems: list[str]) -> list[Step]:
+    """Check one step, or those that a configuration of another program stands for: see `lfm.recipe.foreign`."""
+    verb = next((verbs()[key] for key in raw if key in verbs()), None)
+    if verb is None or not is_foreign(verb, raw[verb.name]):
+        step = check_step(name, raw, located, place, problems)
+        return [] if step is None else [step]
+    for key in raw:
+        if key != verb.name:
+            problems.append(f"{located.where((*place, key))}: unknown key; {raw[verb.name]} says all there is to say")
+    try:
+        return check_foreign(read_foreign(verb, raw[verb.name], name), problems)
+    except RequestError as error:
+        problems += error.problems
+        return []
+
+
+def check_foreign(found: Sequence[ForeignStep], problems: list[str]) -> list[Step]:
+    """Check steps that were read from a configuration of another program."""
+    steps = [(check_step(item.name, item.raw, item.located, (), problems), item.notes) for item in found]
+    return [replace(step, notes=notes) for step, notes in steps if step is not None]
 
 
 def check_step(name: str, raw: Mapping[str, Any], located: Located, place: Place, problems: list[str]) -> Step | None:
@@ -259,8 +285,8 @@ def _models_in(annotation: Any) -> list[Any]:
 
 def _name_problems(frame: _Frame, steps: Mapping[str, Step]) -> Iterator[tuple[Place, str]]:
     """Yield what is wrong with names: used twice, unsafe as folders, or near misses of names that exist."""
-    names = [*frame.models, *frame.steps]
-    yield from _step_names(frame.models, frame.steps)
+    names = list(dict.fromkeys([*frame.models, *frame.steps, *steps]))
+    yield from _step_names(frame.models, dict.fromkeys([*frame.steps, *steps]))
     for name, model in frame.models.items():
         if model.ref in names and not _is_there(str(model.ref)):
             yield ("models", name), f"{model.ref!r} is a name of this recipe; a model here is a folder or a hub name"
@@ -342,12 +368,21 @@ def json_schema() -> dict[str, Any]:
                 "additionalProperties": False,
             }
         )
+    alternatives += [_foreign_schema(verb.name) for verb in verbs().values() if reader(verb) is not None]
     frame["properties"]["steps"]["additionalProperties"] = {"oneOf": alternatives}
     for definition, short in (("ModelRef", "ref"), ("DataSpec", "path")):
         if definition in definitions:
             full = definitions[definition]
             definitions[definition] = {"anyOf": [{"type": "string", "description": f"Short for {short}."}, full]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lfm recipe", **frame}
+
+
+def _foreign_schema(verb: str) -> dict[str, Any]:
+    file = {"type": "string", "pattern": f"({'|'.join(SUFFIXES)})$".replace(".", r"\.")}
+    return {"title": f"{verb}, from a file", "type": "object", "properties": {verb: file}} | {
+        "required": [verb],
+        "additionalProperties": False,
+    }
 
 
 def _or_varied(schema: dict[str, Any]) -> dict[str, Any]:

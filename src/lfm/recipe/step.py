@@ -40,6 +40,7 @@ class StepPlan:
     reads: int = 0
     writes: int = 0
     memory: int = 0
+    seconds: float | None = None  # about how long it will take on a machine like most; None where nobody can tell
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -45,7 +45,7 @@ def plan(method: Tune, inputs: Inputs, context: Context) -> StepPlan:
     output = Outline(context.resolve(outline.ref), outline.specs, outline.config, outline.vocabulary)
     floats = sum(spec.size for spec in outline.specs.values())
     # weights, gradients and AdamW's two moments, in float32; activations come on top and are not known from headers
-    return StepPlan(output, outline.nbytes, outline.nbytes, floats * 16, tuple(problems))
+    return StepPlan(output, outline.nbytes, outline.nbytes, floats * 16, problems=tuple(problems))
 
 
 def run(method: Tune, inputs: Inputs, context: Context, folder: OutputFolder) -> StepResult:

@@ -8,6 +8,7 @@ Runs in the folder of the repository, in an environment of its own, on one CPU t
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 from collections import OrderedDict
 from typing import Any
@@ -57,19 +58,24 @@ def consensus() -> dict[str, Tensors]:
     flat_sources = torch.stack([flat({name: torch.from_numpy(source[name]) for name in base}) for source in sources])
     changes = flat_sources - flat_base
     masks = tall.generate_task_masks(changes, flat_sources, flat_base, tall_mask_lambda=0.4)
-    by_name = {index: tall.vector_to_state_dict(mask, pretrained) for index, mask in enumerate(masks.float())}
+    by_name = {index: shaped(mask.float(), pretrained) for index, mask in enumerate(masks)}
     tall.load_tall_mask = lambda remove_keys, ptm_check, config: by_name  # their own reads them from a file
     merged = {}
     for least in (1, 2, 3):
         kept = tall.construct_consensus_mask(pretrained, least, config=None)
-        merged[f"consensus {least}"] = tall.vector_to_state_dict(changes.sum(0) * kept, pretrained)
+        merged[f"consensus {least}"] = shaped(changes.sum(0) * kept, pretrained)
     for task, mask in enumerate(masks):
-        merged[f"consensus task {task}"] = tall.vector_to_state_dict(changes.sum(0) * mask, pretrained)
+        merged[f"consensus task {task}"] = shaped(changes.sum(0) * mask, pretrained)
     return merged
 
 
 def flat(model: Any) -> torch.Tensor:
     return torch.cat([model[name].reshape(-1) for name in sorted(model)])
+
+
+def shaped(vector: torch.Tensor, like: Any) -> Any:
+    """As their function does, which writes into the tensors that it is given."""
+    return tall.vector_to_state_dict(vector, copy.deepcopy(like))
 
 
 def emr(changes: list[Tensors]) -> dict[str, Tensors]:

@@ -72,6 +72,7 @@ class Slice(BaseModel):
 
     sources: list[SliceSource] = Field(description="Which layers of which models; with one source, its keys alone do.")
     parameters: dict[str, Any] = Field({}, description="Parameters of the method, in this slice.")
+    base: str | None = Field(None, description="The base in this slice, one of its sources; that of the step.")
 
     @model_validator(mode="before")
     @classmethod
@@ -113,7 +114,7 @@ class Site:
     base: Array | None
     weights: tuple[float, ...]
     values: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    layer: tuple[int, int] | None = None  # number of the layer, and of layers; None for tensors outside of them
+    layer: tuple[int, int] | None = None  # number of the layer, and of layers, for methods that are `by_layer`
 
     @property
     def the_base(self) -> Array:
@@ -206,6 +207,7 @@ class Merge(method.Method):
 
     weighted: ClassVar[bool] = True  # whether a weight per model means something
     per_source: ClassVar[tuple[str, ...]] = ()  # parameters that may differ between the sources
+    by_layer: ClassVar[bool] = False  # whether the formula depends on `layer`
     interpolates: ClassVar[bool] = False  # whether statistics of BatchNorm are merged like weights, or averaged
     takes_base: ClassVar[bool] = False  # whether it works on task vectors where a base is given, which it does not need
 

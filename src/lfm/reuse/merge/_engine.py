@@ -5,7 +5,6 @@ Memory is bounded by the chunk, not by the model; the bytes written do not depen
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 import threading
@@ -38,7 +37,7 @@ from lfm.reuse.merge._stream import CHUNK, Keys, Stream, is_wide
 SAYS_NOTHING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}  # about the function
 KEEP = 32_000_000  # bytes of a tensor that a thread keeps for the passes over it
 RESIDENT = 90_000_000  # bytes that the program itself takes, before it holds any part of a model
-BLOCKS = 4  # samples of a tensor that go into a model's fingerprint
+RATE = 0.8e9  # bytes that a thread gets through in a second: measured, to say about how long a merge will take
 
 
 # --- planning, from headers -----------------------------------------------------------------------------------------
@@ -61,7 +60,8 @@ def plan(method: Merge, inputs: Inputs, context: Context) -> StepPlan:
     problems += [*memory_problems, *_device_problems(context.settings.device)]
     notes = [*_notes(method, inputs, outlines), *layout.notes]
     reads = sum(outline.nbytes for outline in outlines.values())
-    return StepPlan(output, reads, output.nbytes, held, tuple(problems), tuple(notes))
+    seconds = _seconds(method, reads, output.nbytes, context.settings.threads)
+    return StepPlan(output, reads, output.nbytes, held, seconds, tuple(problems), tuple(notes))
 
 
 def _refs(inputs: Inputs) -> list[ModelRef]:
@@ -153,6 +153,14 @@ def _memory(method: Merge, layout: Layout, context: Context) -> tuple[int, list[
     return min(budget, RESIDENT + threads * largest), []
 
 
+def _seconds(method: Merge, reads: int, writes: int, threads: int) -> float | None:
+    """Return about how long a merge takes, hashing included; of whole tensors nobody can tell by their bytes."""
+    if not isinstance(method, Elementwise):
+        return None
+    passes = 1.0 if method.measures == "nothing" else 1.8
+    return 0.5 + (reads * passes + writes) / (threads * RATE)
+
+
 def _measures_tensors(method: Merge) -> bool:
     return isinstance(method, Elementwise) and method.measures == "tensor"
 
@@ -181,14 +189,17 @@ STREAMS = True  # what this engine reads is hashed on the way, so the executor n
 def run(method: Merge, inputs: Inputs, context: Context, folder: OutputFolder) -> StepResult:
     """Merge into `folder`."""
     refs = _refs(inputs)
-    outlines = dict(zip(refs, context.outlines(refs), strict=True))
-    layout = lay_out(method, inputs, outlines)
     checkpoints = {ref: context.open(ref) for ref in refs}
+    outlines = {  # of what is there now: what a step was going to make may have got other names
+        ref: Outline(ref, model.specs, model.config, model.vocabulary) for ref, model in checkpoints.items()
+    }
+    layout = lay_out(method, inputs, outlines)
+    if layout.problems:
+        raise RequestError(*layout.problems)
     reference = checkpoints[_reference(inputs)]
     writer = folder.tensors(layout.specs)
     threads, chunk = _shares(method, layout, context)
-    keys = Keys(context.seed, _fingerprints(checkpoints))
-    stream = Stream(checkpoints, keys, chunk)
+    stream = Stream(checkpoints, Keys(context.seed, checkpoints), chunk)
     if _measures_tensors(method) and context.settings.memory is None:
         stream.keep = KEEP
     if context.settings.device != "cpu":
@@ -296,9 +307,8 @@ class _Work:
     def _merge(self, target: Target) -> None:
         program = self._program(target)
         totals = Totals.of(program)
-        ranked, wide = self.stream.wants_ranks(target, program), is_wide(target)
-        for part in self.stream.parts(target, ranked=ranked):
-            part = self.stream.with_ranks(target, part, wide) if ranked else part
+        wide = is_wide(target)
+        for part in self.stream.parts(target, program):
             output = Output(self.stream.buffer("output", target.spec.dtype, part.size), target.spec.dtype)
             broken = self.stream.run(program, part, totals, output, wide=wide)
             self.stream.check(target, broken.inputs)
@@ -422,26 +432,6 @@ def _average(site: Site) -> Array:
     """Return the mean of the sources by their weights, or their plain mean where those are no shares."""
     weights = site.weights if min(site.weights) >= 0 and sum(site.weights) > 0 else (1.0,) * len(site.sources)
     return total([source * (weight / sum(weights)) for source, weight in zip(site.sources, weights, strict=True)])
-
-
-def _fingerprints(checkpoints: Mapping[ModelRef, Checkpoint]) -> dict[ModelRef, str]:
-    """Return a name for each model by samples of what it holds: where a model lies, or stands in a list, is no part.
-
-    Two models that agree in all samples still get different random numbers: see `Keys`.
-    """
-    found: dict[ModelRef, str] = {}
-    seen: dict[str, list[ModelRef]] = {}
-    for ref, checkpoint in checkpoints.items():
-        digest = hashlib.sha256()
-        for name, spec in sorted(checkpoint.specs.items()):
-            digest.update(f"{name}\0{spec.dtype}\0{spec.shape}\0".encode())
-            for block in range(BLOCKS if spec.size > 64 * BLOCKS else min(spec.size, 1)):
-                start = block * (spec.size // BLOCKS)
-                digest.update(raw_bytes(checkpoint.weights.read_raw(name, start, min(start + 16, spec.size))))
-        alike = seen.setdefault(digest.hexdigest(), [])
-        found[ref] = f"{digest.hexdigest()} {len(alike)}"
-        alike.append(ref)
-    return found
 
 
 @contextmanager

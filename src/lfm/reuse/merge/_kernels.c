@@ -289,36 +289,33 @@ int lfm_run(const Step *steps, int length, int registers, int constants, const d
     return 0;
 }
 
-/* --- ranks within rows: a stable radix sort of the bits of magnitudes, 11 at a time */
+/* --- ranks within rows: a stable radix sort of the bits of magnitudes, a byte at a time, with places beside them */
 
 int lfm_rank_rows(float *values, int64_t count, int64_t row) {
-    uint32_t *keys = malloc((size_t)row * 16), *others = keys + row, *order = others + row, *next = order + row;
-    if (!keys) return 1;
+    uint64_t *pairs = malloc((size_t)row * 16), *others = pairs + row, *memory = pairs;
+    if (!memory) return 1;
     for (float *begin = values; begin < values + count; begin += row) {
-        uint32_t counts[3][2048] = {{0}};
+        uint32_t counts[4][256] = {{0}};
         for (int64_t i = 0; i < row; i++) {
-            keys[i] = bits_of(begin[i]) & 0x7fffffffu;
-            order[i] = (uint32_t)i;
-            for (int digit = 0; digit < 3; digit++) counts[digit][keys[i] >> (11 * digit) & 2047]++;
+            uint32_t bits = bits_of(begin[i]) & 0x7fffffffu;
+            pairs[i] = (uint64_t)bits << 32 | (uint64_t)i;
+            counts[0][bits & 255]++, counts[1][bits >> 8 & 255]++, counts[2][bits >> 16 & 255]++, counts[3][bits >> 24]++;
         }
-        for (int digit = 0; digit < 3; digit++) {
-            uint32_t sum = 0;
-            for (int bucket = 0; bucket < 2048; bucket++) {
+        for (int digit = 0; digit < 4; digit++) {
+            uint32_t sum = 0, shift = 32 + 8 * digit;
+            if (counts[digit][pairs[0] >> shift & 255] == row) continue; /* all alike in this byte */
+            for (int bucket = 0; bucket < 256; bucket++) {
                 uint32_t here = counts[digit][bucket];
                 counts[digit][bucket] = sum;
                 sum += here;
             }
-            for (int64_t i = 0; i < row; i++) {
-                uint32_t place = counts[digit][keys[i] >> (11 * digit) & 2047]++;
-                others[place] = keys[i];
-                next[place] = order[i];
-            }
-            uint32_t *swap = keys;
-            keys = others, others = swap;
-            swap = order, order = next, next = swap;
+            for (int64_t i = 0; i < row; i++) others[counts[digit][pairs[i] >> shift & 255]++] = pairs[i];
+            uint64_t *swap = pairs;
+            pairs = others, others = swap;
         }
-        for (int64_t i = 0; i < row; i++) begin[order[i]] = row > 1 ? (float)i / (float)(row - 1) : 0.5f;
+        float step = row > 1 ? 1.0f / (float)(row - 1) : 0.5f;
+        for (int64_t i = 0; i < row; i++) begin[(uint32_t)pairs[i]] = row > 1 ? (float)i * step : 0.5f;
     }
-    free(keys < others ? keys : others);
+    free(memory);
     return 0;
 }

@@ -27,6 +27,7 @@ TILE = 1024
 LANES = 32
 HALF = 1 << 16
 DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+CODES = {dtype: number for number, dtype in enumerate(DTYPES)}
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 
 
@@ -102,9 +103,13 @@ def native(wide: bool) -> ctypes.CDLL | None:
     if compiler is None or os.environ.get("LFM_KERNELS") == "numpy":
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler, wide)))
+        library = ctypes.CDLL(str(_compiled(compiler, wide)))
     except (OSError, subprocess.SubprocessError):
         return None
+    at, whole, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    library.lfm_run.argtypes = [at, whole, whole, whole, at, at, at, whole, at, at, whole, long, long, at, at, at, at]
+    library.lfm_rank_rows.argtypes = [at, long, long]
+    return library
 
 
 def _compiled(compiler: str, wide: bool) -> Path:
@@ -134,26 +139,31 @@ def _processor() -> bytes:
         return platform.processor().encode()
 
 
+def _address(values: Values) -> int:
+    address: int = values.__array_interface__["data"][0]
+    return address
+
+
 def _run_native(library: ctypes.CDLL, program: Program, part: Part, totals: Totals, output: Output | None) -> list[int]:
     count = len(part.inputs)
     bad = (ctypes.c_int32 * (count + 1))()
     failed = library.lfm_run(
-        ctypes.c_void_p(program.table.ctypes.data),
-        ctypes.c_int(len(program.steps)),
-        ctypes.c_int(program.registers),
-        ctypes.c_int(len(program.constants)),
-        ctypes.c_void_p(program.values.ctypes.data),
-        (ctypes.c_void_p * count)(*(values.ctypes.data for values in part.inputs)),
-        (ctypes.c_int32 * count)(*(list(DTYPES).index(dtype) for dtype in part.dtypes)),
-        ctypes.c_int(count),
+        program.address,
+        len(program.steps),
+        program.registers,
+        len(program.constants),
+        _address(program.values),
+        (ctypes.c_void_p * count)(*map(_address, part.inputs)),
+        (ctypes.c_int32 * count)(*(CODES[dtype] for dtype in part.dtypes)),
+        count,
         (ctypes.c_uint64 * max(len(part.keys), 1))(*part.keys),
-        ctypes.c_void_p(output.values.ctypes.data if output is not None else None),
-        ctypes.c_int(list(DTYPES).index(output.dtype) if output is not None else 0),
-        ctypes.c_int64(part.place),
-        ctypes.c_int64(part.size),
-        ctypes.c_void_p(totals.lanes.ctypes.data),
-        ctypes.c_void_p(totals.largest.ctypes.data),
-        ctypes.c_void_p(totals.counts.ctypes.data),
+        None if output is None else _address(output.values),
+        0 if output is None else CODES[output.dtype],
+        part.place,
+        part.size,
+        _address(totals.lanes),
+        _address(totals.largest),
+        _address(totals.counts),
         bad,
     )
     if failed:
@@ -168,7 +178,7 @@ def rank_rows(values: Values, row: int) -> None:
     library = native(False)
     if library is None:
         rank_rows_numpy(values, row)
-    elif library.lfm_rank_rows(ctypes.c_void_p(values.ctypes.data), ctypes.c_int64(len(values)), ctypes.c_int64(row)):
+    elif library.lfm_rank_rows(_address(values), len(values), row):
         raise MemoryError("no memory for the ranks of a row")
 
 
@@ -179,7 +189,11 @@ def rank_rows_numpy(values: Values, row: int) -> None:
     """Do what `rank_rows` does, with numpy."""
     rows = values.reshape(-1, row)
     order = np.argsort(rows, axis=1, kind="stable")
-    ranks = np.arange(row, dtype=np.float32) / np.float32(row - 1) if row > 1 else np.full(1, 0.5, np.float32)
+    ranks = (
+        np.arange(row, dtype=np.float32) * (np.float32(1) / np.float32(row - 1))
+        if row > 1
+        else np.full(1, 0.5, np.float32)
+    )
     np.put_along_axis(rows, order, np.broadcast_to(ranks, rows.shape), axis=1)
 
 

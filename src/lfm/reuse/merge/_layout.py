@@ -86,7 +86,7 @@ class _Maker:
         self._outlines = outlines
         self._layout = Layout()
         self._reference = inputs.base or inputs.models[0]
-        self._uses_base = inputs.base is not None and method.needs.base
+        self._uses_base = inputs.base is not None and (method.needs.base or type(method).takes_base)
         self.settings = Settings(method, inputs)
 
     # --- whole models
@@ -141,10 +141,7 @@ class _Maker:
         extra = [
             f"{two}: tensor {name!r} is not in {one}"
             for name in theirs.specs
-            if name not in used
-            and not (self._inputs.only and not self._chosen(name))
-            and not _tied_copy(name, theirs)
-            and name.startswith(prefixes[1])
+            if not self._inputs.only and name not in used and not _tied_copy(name, theirs)
         ]
         self._layout.problems += [line for lines in (absent, extra, shapes) for line in first_few(lines)]
         return found
@@ -205,7 +202,9 @@ class _Maker:
                 count = _stacks(self._outlines[self._ref(source.model)].specs).get(stack, 0)
                 if not 0 <= source.layers[0] < source.layers[1] <= count:
                     told = f"{source.model} has {plural(count, 'layer')}, of which [{source.layers[0]}, "
-                    problems.append(f"{where}: {told}{source.layers[1]}) is no slice")
+                    problems.append(f"{where}: {told}{source.layers[1]}] is no slice")
+            if part.base and part.base not in [source.model for source in part.sources]:
+                problems.append(f"{where}.base: {part.base!r} is none of the slice's sources")
             low, high = self._method.needs.sources
             got = len(self._sources_of(part))
             if not low <= got <= (high or got):
@@ -215,8 +214,9 @@ class _Maker:
 
     def _sources_of(self, part: Slice) -> list[int]:
         """Return which of a slice's sources are merged: all but the base, where the method has one."""
-        base = self._inputs.base.label if self._uses_base and self._inputs.base else None
-        return [index for index, source in enumerate(part.sources) if source.model != base]
+        base = (part.base or self._inputs.base.label) if self._uses_base and self._inputs.base else None
+        found = [index for index, source in enumerate(part.sources) if source.model != base]
+        return found or list(range(len(part.sources)))  # the base alone, which did not change
 
     def _layer(self, part: Slice, stack: str, offset: int, number: int, depth: int) -> None:
         first = part.sources[self._sources_of(part)[0]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +121,7 @@ def _from_json(path: Path, more: Mapping[str, Mapping[str, Any]], digest: str, f
     content = read_json(path)
     entries = content.get("added_tokens") or []
     ids = _model_ids(path, content.get("model"))
-    if not all(map(_is_merge, content["model"].get("merges") or ())):
+    if not _are_merges(content["model"].get("merges") or []):
         raise RequestError(f"{path}: model.merges must be a list of pairs of tokens")
     if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
         raise RequestError(f"{path}: added_tokens must be a list of objects with a content")
@@ -142,15 +143,26 @@ def _is_entry(entry: object) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("content"), str)
 
 
-def _is_merge(merge: object) -> bool:
-    parts = merge.split(" ") if isinstance(merge, str) else merge
-    return isinstance(parts, list) and len(parts) == 2 and all(isinstance(part, str) for part in parts)
+def _are_merges(merges: Any) -> bool:
+    if not isinstance(merges, list):
+        return False
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    return _only(list, pairs) and set(map(len, pairs)) <= {2} and _only(str, chain.from_iterable(pairs))
+
+
+def _only(kind: type, values: Iterable[object]) -> bool:
+    """Return whether all values are of exactly this type; there are hundreds of thousands of them."""
+    return set(map(type, values)) <= {kind}
+
+
+def _are_ids(ids: Any) -> bool:
+    return isinstance(ids, dict) and _only(int, ids.values()) and min(ids.values(), default=0) >= 0
 
 
 def _model_ids(path: Path, model: object) -> dict[str, int]:
     """Return the ids of the model's own tokens; of a token that stands twice the last counts, as in the library."""
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, dict) and all(type(number) is int and number >= 0 for number in vocabulary.values()):
+    if _are_ids(vocabulary):
         return dict(vocabulary)
     pairs = vocabulary if isinstance(vocabulary, list) else [None]
     if all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
@@ -188,7 +200,7 @@ def _from_list(path: Path) -> dict[str, int] | None:
             raise RequestError(f"{path}: cannot be read: {error}") from None
         return {line.rstrip("\r"): index for index, line in enumerate(lines) if line.rstrip("\r")}
     ids = read_json(path)
-    return ids if all(type(number) is int and number >= 0 for number in ids.values()) else None
+    return ids if _are_ids(ids) else None
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------

@@ -52,6 +52,21 @@ class Program:
         return np.array(list(self.steps), dtype=STEP)
 
     @cached_property
+    def address(self) -> int:
+        """Where the table lies in memory."""
+        return int(self.table.ctypes.data)
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether random numbers are drawn."""
+        return any(OPS[step[0]] == "RANDOM" for step in self.steps)
+
+    @cached_property
+    def inputs(self) -> int:
+        """How many inputs there have to be."""
+        return max((step[2] + 1 for step in self.steps if OPS[step[0]] == "INPUT"), default=0)
+
+    @cached_property
     def values(self) -> np.ndarray[Any, Any]:
         return np.array(self.constants, dtype=np.float64)
 

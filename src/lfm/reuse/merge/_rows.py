@@ -49,8 +49,9 @@ def _blocks(tensors: Sequence[Values]) -> Iterator[list[Values]]:
 
 def _products(rows: Sequence[Values], sums: str) -> Values:
     """Return the inner products of all pairs [n, n, lines], in float64."""
-    pairs = list(combinations_with_replacement(range(len(rows)), 2))
-    found = {pair: np.einsum(sums, *(rows[index] for index in pair), dtype=np.float64) for pair in pairs}
+    wide = [row.astype(np.float64) for row in rows]  # by einsum itself, sums would depend on where its buffers end
+    pairs = combinations_with_replacement(range(len(rows)), 2)
+    found = {(i, j): np.einsum(sums, wide[i], wide[j]) for i, j in pairs}
     return np.array([[found[min(i, j), max(i, j)] for j in range(len(rows))] for i in range(len(rows))])
 
 

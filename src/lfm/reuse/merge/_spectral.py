@@ -40,30 +40,49 @@ def moved(tensor: Whole, change: torch.Tensor, scale: float) -> Values:
     return found
 
 
-def svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return U [rows, rank], S [rank], Vh [rank, columns] in float64: as many of them as the matrix has rank.
+def svd(matrix: torch.Tensor, most: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return U [rows, rank], S [rank], Vh [rank, columns] in float64: the `most` largest, and no more than it has rank.
 
     By the eigenvectors of the smaller Gram matrix. Squaring costs half of the digits, but float64 has twice those of
-    the float32 that a matrix comes in: this is as exact as `torch.linalg.svd` in float32 at least, and faster.
+    the float32 that a matrix comes in: this is as exact as `torch.linalg.svd` in float32 at least.
     """
-    rows, columns = matrix.shape
-    if rows < columns:
-        left, values, right = svd(matrix.T)
+    if matrix.shape[0] < matrix.shape[1]:
+        left, values, right = svd(matrix.T, most)
         return right.T, values, left.T
     wide = matrix.double()
-    squares, vectors = torch.linalg.eigh(wide.T @ wide)  # the smallest first
-    values = squares.clamp(min=0).sqrt().flip(0)
-    rank = int((values > NOTHING * values[0]).sum())
-    values, vectors = values[:rank], vectors.flip(1)[:, :rank]
-    left = wide @ vectors / values
-    left = 1.5 * left - left @ (left.T @ left) / 2  # a Newton step: as orthogonal as U can be, for small values too
-    return left, values, vectors.T
+    values, vectors = _right_vectors(wide)
+    values, vectors = values[:most], vectors[:, :most]
+    return _straightened(wide @ vectors / values, values), values, vectors.T
 
 
-def orthogonal(vectors: torch.Tensor) -> torch.Tensor:
-    """Return the nearest vectors at right angles to each other (Procrustes; also called whitening).
+def polar(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return U Vh, the nearest matrix of vectors at right angles to each other (Procrustes, whitening), and S.
 
     Vectors that depend on each other share what they span: they become those of least length that are the nearest.
     """
-    left, _, right = svd(vectors)
-    return left @ right
+    if matrix.shape[0] < matrix.shape[1]:
+        nearest, values = polar(matrix.T)
+        return nearest.T, values
+    wide = matrix.double()
+    values, vectors = _right_vectors(wide)
+    return _straightened(wide @ (vectors / values @ vectors.T), values), values
+
+
+def _right_vectors(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return S and V, the largest first."""
+    squares, vectors = torch.linalg.eigh(wide.T @ wide)
+    values = squares.clamp(min=0).sqrt().flip(0)
+    rank = int((values > NOTHING * values[:1]).sum())
+    return values[:rank], vectors.flip(1)[:, :rank]
+
+
+def _straightened(left: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Take a Newton step to the nearest orthogonal vectors, where small singular values have left an error behind."""
+    if not len(values) or values[-1] > 1e-4 * values[0]:
+        return left
+    return 1.5 * left - left @ (left.T @ left) / 2
+
+
+def mean(values: torch.Tensor) -> torch.Tensor:
+    """Return the mean singular value; 0 of none."""
+    return values.sum() / max(len(values), 1)

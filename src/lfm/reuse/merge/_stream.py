@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,12 @@ from lfm.reuse.merge._array import Array
 from lfm.reuse.merge._contract import Site
 from lfm.reuse.merge._kernels import Output, Part, Totals
 from lfm.reuse.merge._layout import Origin, Target
-from lfm.reuse.merge._program import OPS, Program, Wanted, compile_program
+from lfm.reuse.merge._program import Program, Wanted, compile_program
 
 CHUNK = 1 << 18  # elements; what a thread holds of them in every model stays in a core's share of the caches
+BLOCKS = 4  # samples of a tensor that go into the name of a model
 UNIT = 32  # chunks begin at multiples of it: the lanes of sums, and the blocks of random numbers
 Values = np.ndarray[Any, Any]
-INPUT = OPS.index("INPUT")
 
 
 @dataclass
@@ -36,7 +37,26 @@ class Keys:
     """What the random numbers of a merge depend on besides tensor and place: the seed, and what the sources hold."""
 
     seed: int
-    sources: dict[ModelRef, str] = field(default_factory=dict)
+    checkpoints: Mapping[ModelRef, Checkpoint]
+
+    @cached_property
+    def sources(self) -> dict[ModelRef, str]:
+        """A name for each model by samples of what it holds: where it lies, or stands in a list, is no part of it.
+
+        Models that agree in all samples, and whole models given twice, have names of their own all the same.
+        """
+        found: dict[ModelRef, str] = {}
+        seen: dict[str, int] = {}
+        for ref, checkpoint in self.checkpoints.items():
+            digest = hashlib.sha256()
+            for name, spec in sorted(checkpoint.specs.items()):
+                digest.update(f"{name}\0{spec.dtype}\0{spec.shape}\0".encode())
+                for block in range(BLOCKS if spec.size > 64 * BLOCKS else min(spec.size, 1)):
+                    start = block * (spec.size // BLOCKS)
+                    digest.update(raw_bytes(checkpoint.weights.read_raw(name, start, min(start + 16, spec.size))))
+            number = seen[digest.hexdigest()] = seen.get(digest.hexdigest(), -1) + 1
+            found[ref] = f"{digest.hexdigest()} {number}"
+        return found
 
     def of(self, target: Target, occurrence: Sequence[int]) -> tuple[int, ...]:
         """Return a key for each source, and one for rounding."""
@@ -70,12 +90,13 @@ class Stream:
         """Return what a method sees of a tensor; tensors that look the same to it share one."""
         if target.resolved is None:
             raise AssertionError(f"{target.name} is not merged")
-        key = (target.resolved, target.layer, target.base is not None)
+        layer = target.layer if type(target.resolved.method).by_layer else None
+        key = (target.resolved, layer, target.base is not None)
         if key not in self._sites:
             count = len(target.sources)
             sources = tuple(Array("INPUT", index=index) for index in range(count))
             base = Array("INPUT", index=count) if target.base else None
-            self._sites[key] = Site(sources, base, target.resolved.weights, target.resolved.values, target.layer)
+            self._sites[key] = Site(sources, base, target.resolved.weights, target.resolved.values, layer)
         return self._sites[key]
 
     def program(self, key: Any, make: Callable[[], Wanted]) -> Program:
@@ -88,10 +109,15 @@ class Stream:
 
     # --- running
 
-    def parts(self, target: Target, *, ranked: bool = False) -> Iterator[Part]:
-        """Yield a tensor's elements in every model, chunk by chunk; the arrays are used again for the next one."""
+    def parts(self, target: Target, program: Program | None = None) -> Iterator[Part]:
+        """Yield a tensor's elements in every model, chunk by chunk, and what else a program that is to run on it needs.
+
+        The arrays are used again for the next part.
+        """
         size, origins = target.spec.size, target.inputs
-        keys = self._keys.of(target, _occurrences(target.sources))
+        ranked = program is not None and program.inputs > len(origins)  # ranks come after the models
+        draws = program is not None and program.draws
+        keys = self._keys.of(target, _occurrences(target.sources)) if draws else ()
         hashers = [self._hasher(origin) for origin in origins]
         kept = self._kept(target)
         for start in range(0, size, step := self._step(target, ranked)):
@@ -103,7 +129,8 @@ class Stream:
             for hasher, values in zip(hashers, inputs, strict=True):
                 if hasher is not None:
                     hasher.update(raw_bytes(values))
-            yield Part(inputs, [origin.spec.dtype for origin in origins], start, keys)
+            part = Part(inputs, [origin.spec.dtype for origin in origins], start, keys)
+            yield self._with_ranks(target, part) if ranked else part
         for origin, hasher in zip(origins, hashers, strict=True):
             if hasher is not None:
                 self._checkpoints[origin.model].weights.note_digests({origin.name: hasher.hexdigest()})
@@ -111,9 +138,7 @@ class Stream:
     def scan(self, target: Target, program: Program, totals: Totals, output: Output | None = None) -> None:
         """Run a program over a tensor; with an output, which takes the whole tensor, for its elements too."""
         wide = is_wide(target)
-        ranked = self.wants_ranks(target, program)
-        for part in self.parts(target, ranked=ranked):
-            part = self.with_ranks(target, part, wide) if ranked else part
+        for part in self.parts(target, program):
             place = slice(part.place, part.place + part.size)
             into = None if output is None else Output(output.values[place], output.dtype)
             self.check(target, self.run(program, part, totals, into, wide=wide).inputs)
@@ -174,14 +199,9 @@ class Stream:
 
     # --- ranks within rows
 
-    @staticmethod
-    def wants_ranks(target: Target, program: Program) -> bool:
-        """Whether a program reads more than the models: the inputs after them are the ranks."""
-        return any(op == INPUT and index >= len(target.inputs) for op, _, index, *_ in program.steps)
-
-    def with_ranks(self, target: Target, part: Part, wide: bool) -> Part:
+    def _with_ranks(self, target: Target, part: Part) -> Part:
         """Return a part with more inputs: for each source, the ranks of its changes within their rows."""
-        site, ranks = self.site(target), []
+        site, wide, ranks = self.site(target), is_wide(target), []
         for index, delta in enumerate(site.deltas):
             out = Output(self.buffer(f"rank {index}", "F32", part.size), "F32")
             sizes = self.program((site, "size", index), lambda delta=delta: Wanted(abs(delta)))  # type: ignore[misc]

@@ -60,7 +60,7 @@ def vocabulary_tables(shapes: Mapping[str, Sequence[int]], config: Mapping[str, 
     telling = config is not None and rows not in _other_numbers(config)
     names, others = [], []
     for name, shape in shapes.items():
-        loose = LAYER.search(name) is None
+        loose = _is_loose(name)
         named = EMBEDDING.fullmatch(name) or SHARED_HEAD.fullmatch(name) or (loose and HEAD.fullmatch(name))
         if rows_of(shape) == rows and (named or (telling and loose)):
             names.append(name)
@@ -79,10 +79,16 @@ def rows_of(shape: Sequence[int]) -> int:
 def _rows(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any] | None) -> int:
     """Return the rows of the input embedding: as many as the config says, or else those of the largest that is one."""
     named = [shape[0] for name, shape in shapes.items() if len(shape) == 2 and EMBEDDING.fullmatch(name)]
-    said = vocabulary_size(config or {})
-    if said and (said in named or any(rows_of(shapes[name]) == said for name in shapes if HEAD.fullmatch(name))):
-        return said
+    if config is not None and (said := vocabulary_size(config)):
+        telling = said not in _other_numbers(config)
+        likely = (shape for name, shape in shapes.items() if HEAD.fullmatch(name) or (telling and _is_loose(name)))
+        if said in named or any(rows_of(shape) == said for shape in likely):
+            return said
     return max(named, default=0)
+
+
+def _is_loose(name: str) -> bool:
+    return LAYER.search(name) is None
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int:

@@ -157,12 +157,8 @@ def _up(values: Values, noise: Any, dtype: str) -> Values:
     single = values.float()
     if dtype == "BF16":
         bits = single.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-        return (
-            (((bits + (noise * 65536).to(torch.int64)) >> 16) & 0xFFFF)
-            .to(torch.int32)
-            .to(torch.int16)
-            .view(torch.bfloat16)
-        )
+        upper: Values = ((bits + (noise * 65536).to(torch.int64)) >> 16) & 0xFFFF
+        return upper.to(torch.int32).to(torch.int16).view(torch.bfloat16)
     exponent = ((single.view(torch.int32) >> 23) & 0xFF) - 127
     quantum = torch.ldexp(torch.ones_like(single, dtype=torch.float64), exponent.clamp(min=-14) - 10)
     steps = torch.floor(single.double().abs() / quantum + noise.double())

@@ -160,7 +160,7 @@ class _Aligner:
         )
         self._check_others(trivial)
         self._stop()
-        self._note_shares(rows, named)
+        self._note_shares(rows, named, ids)
         return Alignment(
             *(size, tuple(rows), tuple(donors), means, named, trivial, ids, self._donor),
             files=self._files(donor, ids, additions),
@@ -184,15 +184,18 @@ class _Aligner:
         return next((index for index, lexicon in enumerate(lexicons) if lexicon), 0) if self._same else 0
 
     def _assumed(self, lexicons: Sequence[Lexicon | None]) -> list[Lexicon | None]:
-        """Return the models' tokens; one without a tokenizer is taken to have that of the first with as many rows."""
+        """Return the models' tokens: where they cannot be read, those of a model that has the same files and more.
+
+        A model without any tokenizer is taken to have that of the first with as many rows.
+        """
         known = [index for index, lexicon in enumerate(lexicons) if lexicon]
-        assumed = list(lexicons)
+        assumed = [self._readable(index, lexicons) for index in range(len(lexicons))]
         for index, member in enumerate(self._members):
             if assumed[index] is not None or not known or not member.rows:
                 continue
             like = next((other for other in known if self._members[other].rows == member.rows), None)
             if like is not None:
-                assumed[index] = lexicons[like]
+                assumed[index] = assumed[like]
                 self._donor = like if self._donor == index else self._donor
                 self._notes.append(f"{member.label}: has no tokenizer; that of {self._labels[like]} is taken for it")
             else:
@@ -201,6 +204,16 @@ class _Aligner:
                     "put the tokenizer files of the model that it was made from into its folder"
                 )
         return assumed
+
+    def _readable(self, index: int, lexicons: Sequence[Lexicon | None]) -> Lexicon | None:
+        own = lexicons[index]
+        if own is None or own.kind != "unreadable":
+            return own
+        for like, other in enumerate(lexicons):
+            if other is not None and other.kind == "json" and unreadable_alike(own, other):
+                self._donor = like if self._donor == index else self._donor
+                return other
+        return own
 
     def _check(self) -> None:
         """Note as problems tokenizers that differ, or are not known well enough for what is asked."""
@@ -341,10 +354,12 @@ class _Aligner:
         if not ids or lexicon is None:
             return np.where(places < member.rows, places, -1)
         found = np.full(len(named), -1, np.int64)
-        for text, number in ids.items():
-            row = lexicon.ids.get(text, -1)
-            if 0 <= row < member.rows and number < len(found):
-                found[number] = row
+        numbers = _numbers(ids)
+        own = numbers
+        if lexicon.ids != ids:
+            own = np.fromiter((lexicon.ids.get(text, -1) for text in ids), np.int64, len(ids))
+        known = (own >= 0) & (own < member.rows) & (numbers < len(found))
+        found[numbers[known]] = own[known]
         padding = (places < member.rows) & ~named
         used = _numbers(lexicon.ids)
         padding[used[used < len(padding)]] = False
@@ -429,21 +444,24 @@ class _Aligner:
         first = self._lexicons[0]
         return first.ids if first else {}
 
-    def _note_shares(self, rows: Sequence[Array], named: Array) -> None:
-        """Say which models lack rows, and what stands in for them."""
+    def _note_shares(self, rows: Sequence[Array], named: Array, ids: Mapping[str, int]) -> None:
+        """Say which models lack rows, what stands in for them, and which rows are not used."""
         total = int(named.sum())
-        for index, (member, own) in enumerate(zip(self._members, rows, strict=True)):
+        for index, ((lexicon, member), own) in enumerate(zip(self._pairs(), rows, strict=True)):
             share = int((own[named] >= 0).sum())
-            if share < total and not self._same:
+            if self._same and member.rows not in (0, len(named)):
+                self._notes.append(f"{member.label}: {member.rows:,} rows, the output has {len(named):,}: padding")
+            elif share < total and member.rows:
                 first = f"the rows of {self._labels[0]}, else " if self._base and index else ""
                 self._notes.append(
                     f"{member.label}: has rows for {share:,} of the {total:,} tokens; for the others it takes {first}"
                     "the mean of those that have them"
                 )
-            elif member.rows and member.rows != len(named) and share == total:
-                self._notes.append(
-                    f"{member.label}: {member.rows:,} rows, of which the output has {len(named):,}: padding"
-                )
+            if lexicon is None or not ids or self._same:
+                continue
+            if lost := [text for text, row in lexicon.ids.items() if row < member.rows and text not in ids]:
+                shown = ", ".join(map(repr, lost[-3:]))
+                self._notes.append(f"{member.label}: {plural(len(lost), 'token')} not in the output, such as {shown}")
 
 
 def _spoken(ids: Mapping[str, int], rows: int) -> dict[str, int]:

@@ -13,6 +13,7 @@ rows it picks are so too); here KL = log1p(sum p (e^-u - 1 + u)), with u the cha
 theta_1), which loses no digits. The two agree where changes are large.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,56 +30,64 @@ class ArceeFusion(Tensorwise):
     needs = Needs(sources=(1, 1), base=True, same_architecture=True, same_tokenizer=True)
     paper = "https://www.arcee.ai"
     weighted = False
-    copies = 2.0
+    copies = 1.5
 
     fence: float = Field(1.5, ge=0, description="Interquartile ranges above the median from which a change matters.")
 
     def merge(self, tensor: Whole) -> Values:
-        [source], base = tensor.sources, tensor.the_base
-        scores = _importance(source, base)
+        pairs = list(_blocks(tensor.sources[0], tensor.the_base))
+        divergences = [_divergence(rows, rows - others) for rows, others in pairs]
+        scores = np.empty(tensor.the_base.size, tensor.the_base.dtype)
+        start = 0
+        for (rows, others), divergence in zip(pairs, divergences, strict=True):
+            scores[start : start + rows.size] = _importance(rows, others, divergence).reshape(-1)
+            start += rows.size
         first, median, third = _quartiles(scores)
-        np.copyto(source, base, where=scores < median + self.fence * (third - first))
-        return source
+        threshold = median + self.fence * (third - first)
+        for (rows, others), divergence in zip(pairs, divergences, strict=True):
+            np.copyto(rows, others, where=_importance(rows, others, divergence) < threshold)
+        return tensor.sources[0]
 
 
-def _importance(source: Values, base: Values) -> Values:
-    """Return |source - base| times the divergence of its row."""
-    shape = (-1, source.shape[-1] if source.ndim else 1)
-    rows, others = source.reshape(shape), base.reshape(shape)
-    scores = np.empty_like(rows)
-    step = max(BLOCK // rows.shape[1], 1)
-    for start in range(0, len(rows), step):
+def _blocks(source: Values, base: Values) -> Iterator[tuple[Values, Values]]:
+    """Yield the same few rows of both, as views; rows run along the last axis."""
+    length = source.shape[-1] if source.ndim else 1
+    step = max(BLOCK // length, 1) * length
+    one, other = source.reshape(-1), base.reshape(-1)
+    for start in range(0, source.size, step):
         part = slice(start, start + step)
-        change = np.subtract(rows[part], others[part])
-        divergence = _divergence(rows[part], change)
-        np.abs(change, out=change)
-        np.multiply(change, divergence[:, None], out=scores[part])
-    return scores.reshape(source.shape)
+        yield one[part].reshape(-1, length), other[part].reshape(-1, length)
+
+
+def _importance(rows: Values, others: Values, divergence: Values) -> Values:
+    scores: Values = np.abs(rows - others)
+    scores *= divergence[:, None]
+    return scores
 
 
 def _divergence(rows: Values, change: Values) -> Values:
     """Return KL(softmax(rows) || softmax(rows - change)) of each row."""
-    p = np.exp(rows - rows.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    u = change - np.einsum("rc,rc->r", p, change)[:, None]
-    # e^-u - 1 + u: a series where u is small, for there the difference would lose all digits
-    excess = u * u * (1 / 2 - u * (1 / 6 - u * (1 / 24 - u * (1 / 120 - u / 720))))
-    large = np.abs(u).max(axis=1) > 0.25
-    if large.any():
-        wide = u[large].astype(np.float64)
-        with np.errstate(over="ignore"):
-            excess[large] = np.minimum(np.expm1(-wide) + wide, np.finfo(p.dtype).max)
-    divergence: Values = np.log1p(np.einsum("rc,rc->r", p, excess))
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        p = np.exp(rows - rows.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        u = change - np.einsum("rc,rc->r", p, change)[:, None]
+        # e^-u - 1 + u: by its series where u is small, for there the difference would lose all digits
+        excess = u * u * (1 / 2 - u * (1 / 6 - u * (1 / 24 - u * (1 / 120 - u * (1 / 720 - u / 5040)))))
+        large = np.abs(u) > 0.5
+        if large.any():
+            most = np.finfo(u.dtype).max
+            excess = np.where(large, np.minimum(np.exp(-u) - 1 + u, most), excess)
+        divergence: Values = np.log1p(np.einsum("rc,rc->r", p, excess))
     return divergence
 
 
 def _quartiles(scores: Values) -> list[float]:
-    """Return the elements a quarter, a half and three quarters of the way up."""
-    rest, start = scores.flatten(), 0
+    """Return the elements a quarter, a half and three quarters of the way up; changes the order of the scores."""
+    start = 0
     found: list[float] = []
     for share in (0.25, 0.5, 0.75):
         place = int(share * (scores.size - 1))
-        rest[start:].partition(place - start)  # what is before `start` is no larger, and stays there
-        found.append(float(rest[place]))
+        scores[start:].partition(place - start)  # what is before `start` is no larger, and stays there
+        found.append(float(scores[place]))
         start = place
     return found

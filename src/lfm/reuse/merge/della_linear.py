@@ -8,7 +8,8 @@ For each row of a tensor (of m elements: all axes but the first; a vector is one
 
 Between `dare_linear` (epsilon 0: chance alone) and trimming (size alone): large changes matter more, and what is small
 still counts in expectation, which is that of `task_arithmetic`. `epsilon` is half the paper's, as in mergekit; it is
-narrower where p would leave [0, 1]: at density 1 nothing is dropped. Equal sizes are ranked in the order they stand in.
+narrower where p would leave [0, 1]: at density 1 nothing is dropped, and at an epsilon as large as the density the
+smallest change of a row always. Equal sizes are ranked in the order they stand in.
 
 mergekit rescales what is kept to the L1 norm that the tensor's changes had, not by 1/p: `rescale: norm`. It takes the
 second axis alone for a row, where a tensor has more than two, and stops at an epsilon that is too wide.

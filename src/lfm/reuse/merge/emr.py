@@ -1,4 +1,4 @@
-"""Elect one task vector that is large wherever any task's is; masks and a number per task turn it into each task's.
+"""Elect one task vector, large wherever any task's is; masks and a number per task turn it into each task's.
 
     1. elect:    s = sign(sum_i tau_i),  tau = s * max over the i with sign(tau_i) = s of |tau_i|
     2. mask:     M_i = 1 where sign(tau_i) = sign(tau), else 0

@@ -16,20 +16,19 @@ from pydantic import Field
 
 from lfm.method import Needs
 from lfm.reuse.merge._contract import Tensorwise, Whole
-from lfm.reuse.merge._spectral import added, moved, svd, task_vectors
+from lfm.reuse.merge._spectral import added, mean, moved, polar, task_vectors
 
 
 class IsoC(Tensorwise):
     needs = Needs(sources=(2, None), base=True, same_architecture=True, same_tokenizer=True)
     paper = "https://arxiv.org/abs/2502.04959"
-    copies = 5.0
+    copies = 5.5
 
     scale: float = Field(1.0, description="How far to go along the merged task vector (alpha of the paper).")
 
     def merge(self, tensor: Whole) -> np.ndarray:
-        changes = task_vectors(tensor)
-        change = added(changes)
+        change = added(task_vectors(tensor))
         if change.ndim != 2:
-            return moved(tensor, change / len(changes), self.scale)
-        left, values, right = svd(change)
-        return moved(tensor, left * (values.sum() / max(len(values), 1)) @ right, self.scale)
+            return moved(tensor, change / len(tensor.weights), self.scale)
+        directions, values = polar(change)
+        return moved(tensor, directions * mean(values), self.scale)

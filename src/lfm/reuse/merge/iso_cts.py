@@ -21,13 +21,13 @@ from pydantic import Field
 
 from lfm.method import Needs
 from lfm.reuse.merge._contract import Tensorwise, Whole
-from lfm.reuse.merge._spectral import added, moved, orthogonal, svd, task_vectors
+from lfm.reuse.merge._spectral import added, mean, moved, polar, svd, task_vectors
 
 
 class IsoCts(Tensorwise):
     needs = Needs(sources=(2, None), base=True, same_architecture=True, same_tokenizer=True)
     paper = "https://arxiv.org/abs/2502.04959"
-    copies = 6.0
+    copies = 7.5
 
     scale: float = Field(1.0, description="How far to go along the merged task vector (alpha of the paper).")
     common: float = Field(0.8, ge=0, le=1, description="Share of the directions that is common to the tasks.")
@@ -38,15 +38,14 @@ class IsoCts(Tensorwise):
         if change.ndim != 2:
             return moved(tensor, change / len(changes), self.scale)
         left, values, right = self._directions(changes, change)
-        merged = orthogonal(left) * (values.sum() / max(len(values), 1)) @ orthogonal(right.T).T
-        return moved(tensor, merged, self.scale)
+        return moved(tensor, polar(left)[0] @ polar(right)[0] * mean(values), self.scale)
 
     def _directions(self, changes: list[torch.Tensor], change: torch.Tensor) -> list[torch.Tensor]:
         """Return the task-specific and common U, S and Vh, put together."""
         each = specific_directions(min(change.shape), len(changes), self.common)
-        common = first(svd(change), min(change.shape) - each * len(changes))
+        common = svd(change, min(change.shape) - each * len(changes))
         shared = common[0]
-        found = [first(svd(one - shared @ (shared.T @ one.double())), each) for one in changes]
+        found = [svd(one - shared @ (shared.T @ one.double()), each) for one in changes]
         lefts, values, rights = zip(*found, common, strict=True)
         return [torch.cat(lefts, dim=1), torch.cat(values), torch.cat(rights, dim=0)]
 
@@ -54,8 +53,3 @@ class IsoCts(Tensorwise):
 def specific_directions(size: int, tasks: int, common: float) -> int:
     """Return how many directions each task has to itself, out of `size`: rounded, as long as there are as many."""
     return min(round((size - int(size * common)) / tasks), size // tasks)
-
-
-def first(parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor], count: int) -> tuple[torch.Tensor, ...]:
-    left, values, right = parts
-    return left[:, :count], values[:count], right[:count]

@@ -21,6 +21,7 @@ from lfm.reuse.merge._contract import Elementwise, Site
 class Lines(Elementwise):
     needs = Needs(sources=(1, None), base=True, same_architecture=True, same_tokenizer=True)
     paper = "https://arxiv.org/abs/2410.17146"
+    by_layer = True
 
     alpha: float | None = Field(None, ge=0, description="Scale of the first layer; 1 / (number of models) if left out.")
     beta: float = Field(0.5, ge=0, description="What the last layer's scale is above that of the first.")

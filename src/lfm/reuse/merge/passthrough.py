@@ -18,9 +18,11 @@ class Passthrough(Elementwise):
     needs = Needs(sources=(1, 1), same_architecture=True, same_tokenizer=True)
     paper = ""
     weighted = False
+    per_source = ("scale",)  # so that names in filters are those of the source, where slices renumber layers
     interpolates = True
 
     scale: float = Field(1.0, description="Factor on the weights.")
 
     def merge(self, site: Site, measured: None) -> Array:
-        return site.sources[0] * self.scale
+        [scale] = site.each("scale")
+        return site.sources[0] * float(scale)

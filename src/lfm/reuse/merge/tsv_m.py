@@ -21,13 +21,13 @@ from pydantic import Field
 
 from lfm.method import Needs
 from lfm.reuse.merge._contract import Tensorwise, Whole
-from lfm.reuse.merge._spectral import added, moved, orthogonal, svd, task_vectors
+from lfm.reuse.merge._spectral import added, moved, polar, svd, task_vectors
 
 
 class TsvM(Tensorwise):
     needs = Needs(sources=(1, None), base=True, same_architecture=True, same_tokenizer=True)
     paper = "https://arxiv.org/abs/2412.00081"
-    copies = 6.0
+    copies = 8.5
 
     scale: float = Field(1.0, description="How far to go along the merged task vector (alpha of the paper).")
 
@@ -36,7 +36,6 @@ class TsvM(Tensorwise):
         if changes[0].ndim != 2:
             return moved(tensor, added(changes) / len(changes), self.scale)
         count = max(min(changes[0].shape) // len(changes), 1)
-        kept = [(left[:, :count], values[:count], right[:count]) for left, values, right in map(svd, changes)]
-        lefts, values, rights = zip(*kept, strict=True)
-        merged = orthogonal(torch.cat(lefts, dim=1)) * torch.cat(values) @ orthogonal(torch.cat(rights, dim=0).T).T
-        return moved(tensor, merged, self.scale)
+        lefts, values, rights = zip(*(svd(change, count) for change in changes), strict=True)
+        left, right = polar(torch.cat(lefts, dim=1))[0], polar(torch.cat(rights, dim=0))[0]
+        return moved(tensor, left * torch.cat(values) @ right, self.scale)
