@@ -61,7 +61,7 @@ def test_however_large_the_model_only_a_sample_is_read(shapes):
 def test_a_sample_lies_within_its_tensors_and_touches_nothing_twice(sizes, blocks):
     shapes = {f"t{index}": (size,) for index, size in enumerate(sizes)}
     units, part = sample([Made(shapes), Made(shapes)], blocks)
-    assert len(units) == min(len(sizes), blocks, len(units))
+    assert len(units) <= min(len(sizes), blocks)
     assert len(units) == len(sizes) or len(sizes) > blocks
     for unit in units:
         ends = [0, *itertools.chain.from_iterable(unit.parts), unit.spec.size]

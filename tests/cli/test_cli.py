@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tests.tiny import write_llama
 
 from lfm.cli import main
@@ -147,11 +150,41 @@ def test_the_printed_recipe_does_the_same(lfm, family, tmp_path):
     assert lfm("diff", tmp_path / "x", tmp_path / "runs" / "x")[:2] == (0, "same weights\n")
 
 
+def test_inspect_says_which_models_belong_together(lfm, family, tmp_path):
+    base, a, b = family
+    code, out, _ = lfm("inspect", a, b, base)
+    assert code == 0
+    assert re.search(r"^a, b  +siblings  +0\.96\d  +0\.96\d  ", out, re.MULTILINE)
+    assert f"changes from {base}, which looks like the base of the others" in out
+    assert re.search(r"^b  +0\.\d+  cosine -?0\.0\d\d, (49|50|51)% opposed$", out, re.MULTILINE)
+    assert lfm("inspect", a, b, "--base", base)[1].endswith(out[out.index("source") :])
+    found = json.loads(lfm("inspect", a, b, "--base", base, "--json")[1])
+    assert list(found) == ["models", "pairs", "base", "task_vectors", "task_pairs", "compared"]
+    assert [model["model"] for model in found["models"]] == [base, a, b]
+    assert (found["base"], found["compared"]) == (base, 1)
+    assert [pair["verdict"] for pair in found["pairs"]] == ["siblings"] * 3
+    assert [vector["model"] for vector in found["task_vectors"]] == [a, b]
+    assert json.loads(lfm("inspect", a, b, "--json")[1])["base"] is None
+    other = write_llama(tmp_path / "a", 3)
+    (tmp_path / "a" / "model.safetensors").unlink()
+    save_file({"lm_head.weight": torch.ones(4, 4)}, tmp_path / "a" / "model.safetensors")
+    row = next(line for line in lfm("inspect", a, other)[1].splitlines() if "other architecture" in line)
+    assert row.split("  ")[0] == f"{Path(a).parent.name}/a, {tmp_path.name}/a"
+    assert row.endswith("0 of 21")
+
+
+def test_inspect_tells_what_is_wrong_with_each_model(lfm, family):
+    code, out, err = lfm("inspect", "nowhere", family[0], "elsewhere", "--base", "somewhere")
+    assert (code, out) == (2, "")
+    assert all(f"{name!r}: no such folder or file" in err for name in ("nowhere", "elsewhere", "somewhere"))
+
+
 def test_inspect_diff_and_verify(lfm, family, tmp_path):
     base, a, b = family
-    code, out, _ = lfm("inspect", base, a)
+    code, out, _ = lfm("inspect", base)
     assert code == 0
     assert "LlamaForCausalLM" in out
+    assert "pair" not in out
     found = json.loads(lfm("inspect", base, "--tensors", "--digest", "--json")[1])[0]
     assert found["specs"]["model.norm.weight"] == {"dtype": "F32", "shape": [16]}
     code, out, _ = lfm("diff", base, a)

@@ -196,6 +196,16 @@ def test_wudi(tmp_path, dtype):
     agrees(found, expected, dtype, 1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2, 40), (40, 2), (10, 41)])
+def test_wudi_of_any_proportions(tmp_path, shape):
+    base = tensors(0, shapes={"layers.0.weight": shape})
+    sources = [near(base, seed, 0.03) for seed in (1, 2)]
+    found = merge(Wudi(steps=20, learning_rate=1e-4), sources, base, at=tmp_path)["layers.0.weight"]
+    taus = [(source["layers.0.weight"] - base["layers.0.weight"]).double().numpy() for source in sources]
+    expected = base["layers.0.weight"].double().numpy() + wudi(taus, 20, 1e-4)
+    np.testing.assert_allclose(found.double().numpy(), expected, rtol=0, atol=1e-6)
+
+
 # --- against FusionBench
 
 GOLDEN = {

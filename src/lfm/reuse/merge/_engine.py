@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lfm.checkpoint import RAW, Checkpoint, OutputFolder, TensorWriter, raw_bytes
+from lfm.checkpoint import RAW, OutputFolder, TensorWriter, raw_bytes
 from lfm.errors import LfmError, RequestError, plural
 from lfm.evaluate.change import group_of
 from lfm.method import number_of_models
@@ -24,6 +24,7 @@ from lfm.models.ref import ModelRef
 from lfm.progress import Progress
 from lfm.recipe.step import Context, Outline, StepPlan, StepResult
 from lfm.reuse.merge import _kernels as kernels
+from lfm.reuse.merge._aligned import Tokens, read_tokens, tokenizer_policy
 from lfm.reuse.merge._array import Array, total
 from lfm.reuse.merge._check import changed, config_problems
 from lfm.reuse.merge._contract import Elementwise, Inputs, Merge, Site, Tensorwise, Whole
@@ -52,13 +53,17 @@ def plan(method: Merge, inputs: Inputs, context: Context) -> StepPlan:
     except RequestError as error:
         raise RequestError(*problems, *error.problems) from None
     problems += dict.fromkeys(line for outline in outlines.values() for line in first_few(list(codes(outline))))
+    tokens, token_problems = _tokens(inputs, context, outlines)
+    outlines = {ref: tokens.outline(outline) for ref, outline in outlines.items()}
     layout = lay_out(method, inputs, outlines) if not setting_problems(method, inputs) else Layout()
-    problems += dict.fromkeys([*layout.problems, *_tokenizer_problems(inputs, outlines)])
+    problems += dict.fromkeys([*layout.problems, *token_problems])
     reference = outlines[_reference(inputs)]
-    output = replace(reference, specs=layout.specs, config=_config(reference.config, inputs, layout))
+    output = replace(reference, specs=layout.specs, config=_config(reference.config, inputs, layout, tokens))
+    if not tokens.alignment.trivial:
+        output = replace(output, vocabulary=tokens.alignment.ids)
     held, memory_problems = _memory(method, layout, context)
     problems += [*memory_problems, *_device_problems(context.settings.device)]
-    notes = [*_notes(method, inputs, outlines), *layout.notes]
+    notes = [*_notes(method, inputs, outlines), *layout.notes, *tokens.notes]
     reads = sum(outline.nbytes for outline in outlines.values())
     seconds = _seconds(method, reads, output.nbytes, context.settings.threads)
     return StepPlan(output, reads, output.nbytes, held, seconds, tuple(problems), tuple(notes))
@@ -113,18 +118,29 @@ def _weight_problems(method: Merge, inputs: Inputs) -> list[str]:
     return method.objections(plain) if len(plain) == got else []
 
 
-def _tokenizer_problems(inputs: Inputs, outlines: Mapping[ModelRef, Outline]) -> list[str]:
+def _tokens(inputs: Inputs, context: Context, outlines: Mapping[ModelRef, Outline]) -> tuple[Tokens, list[str]]:
+    """Return how the models' tokens go together, and what keeps them from it; models may still have to be made."""
+    try:
+        checkpoints = {ref: context.open(ref) for ref in outlines}
+    except RequestError:
+        return Tokens(), _vocabulary_problems(inputs, outlines)
+    try:
+        return read_tokens(inputs, checkpoints), []
+    except RequestError as error:
+        return Tokens(), list(error.problems)
+
+
+def _vocabulary_problems(inputs: Inputs, outlines: Mapping[ModelRef, Outline]) -> list[str]:
+    """Compare the tokens of models that are not all there yet; a rule for them has to wait until they are."""
+    if tokenizer_policy(inputs).source != "same":
+        return []
     reference, *others = outlines.values()
-    problems = []
-    for other in others:
-        if reference.vocabulary and other.vocabulary and reference.vocabulary != other.vocabulary:
-            tokens = {*reference.vocabulary, *other.vocabulary}
-            moved = sum(reference.vocabulary.get(token) != other.vocabulary.get(token) for token in tokens)
-            problems.append(
-                f"{other.ref.label}: its tokenizer differs from that of {reference.ref.label} "
-                f"({plural(moved, 'token')} elsewhere or missing), so equal rows do not mean equal tokens"
-            )
-    return problems
+    return [
+        f"{other.ref.label}: its tokenizer differs from that of {reference.ref.label}, so equal rows do not mean equal "
+        "tokens; say whose tokens the result should have (tokenizer: base, or union)"
+        for other in others
+        if reference.vocabulary and other.vocabulary and reference.vocabulary != other.vocabulary
+    ]
 
 
 def _device_problems(device: str) -> list[str]:
@@ -174,10 +190,10 @@ def _held_by(method: Merge, target: Target, chunk: int) -> int:
     return min(target.spec.size, chunk) * (items + width + 4 * len(target.sources)) + (1 << 20)
 
 
-def _config(config: Mapping[str, Any] | None, inputs: Inputs, layout: Layout) -> dict[str, Any] | None:
+def _config(config: Mapping[str, Any] | None, inputs: Inputs, layout: Layout, tokens: Tokens) -> dict[str, Any] | None:
     if config is None:
         return None
-    changed = {**layout.config, **({"dtype": inputs.dtype} if inputs.dtype else {})}
+    changed = {**layout.config, **tokens.alignment.config, **({"dtype": inputs.dtype} if inputs.dtype else {})}
     return {key: value for key, value in config.items() if key != "torch_dtype" or not inputs.dtype} | changed
 
 
@@ -193,13 +209,14 @@ def run(method: Merge, inputs: Inputs, context: Context, folder: OutputFolder) -
     outlines = {  # of what is there now: what a step was going to make may have got other names
         ref: Outline(ref, model.specs, model.config, model.vocabulary) for ref, model in checkpoints.items()
     }
-    layout = lay_out(method, inputs, outlines)
+    tokens = read_tokens(inputs, checkpoints)
+    layout = lay_out(method, inputs, {ref: tokens.outline(outline) for ref, outline in outlines.items()})
     if layout.problems:
         raise RequestError(*layout.problems)
     reference = checkpoints[_reference(inputs)]
     writer = folder.tensors(layout.specs)
     threads, chunk = _shares(method, layout, context)
-    stream = Stream(checkpoints, Keys(context.seed, checkpoints), chunk)
+    stream = Stream(checkpoints, Keys(context.seed, checkpoints), tokens, chunk)
     if _measures_tensors(method) and context.settings.memory is None:
         stream.keep = KEEP
     if context.settings.device != "cpu":
@@ -215,14 +232,16 @@ def run(method: Merge, inputs: Inputs, context: Context, folder: OutputFolder) -
             for target in _finished(pool, work, order, threads):
                 progress.advance(target.spec.size)
     digest = writer.finish()
-    config = _config(reference.config, inputs, layout)
-    notes = [*_notes(method, inputs, outlines), *layout.notes, *sorted(work.notes)]
+    config = _config(reference.config, inputs, layout, tokens)
+    notes = [*_notes(method, inputs, outlines), *layout.notes, *tokens.notes, *sorted(work.notes)]
     if config is not None and changed(layout.specs, reference.specs):
         problems, remarks = config_problems(layout.specs, config)
         notes += remarks
         if problems:
             raise LfmError("the merged model would not load: " + "; ".join(problems))
-    _copy_side_files(reference, folder, config)
+    tokens.write(folder, {str(file.relative_to(reference.folder)): file for file in reference.side_files})
+    if config is not None:
+        folder.write_json("config.json", config)
     return StepResult(digest, writer.digests(), notes=tuple(notes), change=work.change())
 
 
@@ -396,8 +415,8 @@ class _Work:
     def _copy(self, target: Target) -> None:
         """Take a tensor as it is: counters and flags, on which there is no arithmetic, and what is not merged."""
         origin, *others = [*([target.base] if target.base else []), *target.sources]
-        if origin.spec.dtype != target.spec.dtype:
-            plain = replace(target, sources=(origin,), base=None)
+        plain = replace(target, sources=(origin,), base=None)
+        if origin.spec.dtype != target.spec.dtype or self.stream.tokens.moves(plain):
             one = Array("INPUT")
             program = compile_program(Wanted(one))
             for part in self.stream.parts(plain):
@@ -451,9 +470,3 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 _thread_setting = threading.Lock()
-
-
-def _copy_side_files(reference: Checkpoint, folder: OutputFolder, config: Mapping[str, Any] | None) -> None:
-    folder.copy({str(file.relative_to(reference.folder)): file for file in reference.side_files})
-    if config is not None:
-        folder.write_json("config.json", config)

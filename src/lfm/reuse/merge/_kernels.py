@@ -248,7 +248,8 @@ def _exponential(x: Values) -> Values:
 def _hyperbolic_tangent(x: Values) -> Values:
     power, rest = _split_power(2 * np.asarray(x, dtype=np.float64))
     grown = power * rest + (power - 1)
-    return grown / (grown + 2)
+    found: Values = grown / (grown + 2)
+    return found
 
 
 _ARITHMETIC: dict[str, Any] = {

@@ -20,6 +20,7 @@ from lfm.checkpoint import RAW, Checkpoint, raw_bytes
 from lfm.errors import LfmError
 from lfm.models.ref import ModelRef
 from lfm.reuse.merge import _kernels as kernels
+from lfm.reuse.merge._aligned import Tokens
 from lfm.reuse.merge._array import Array
 from lfm.reuse.merge._contract import Site
 from lfm.reuse.merge._kernels import Output, Part, Totals
@@ -71,9 +72,10 @@ class Keys:
 class Stream:
     """The models of one merge, read side by side."""
 
-    def __init__(self, checkpoints: dict[ModelRef, Checkpoint], keys: Keys, chunk: int = CHUNK) -> None:
+    def __init__(self, checkpoints: dict[ModelRef, Checkpoint], keys: Keys, tokens: Tokens, chunk: int = CHUNK) -> None:
         self._checkpoints = checkpoints
         self._keys = keys
+        self.tokens = tokens
         self._chunk = max(chunk // UNIT * UNIT, UNIT)
         self._known = {ref: set(checkpoint.weights.known_digests()) for ref, checkpoint in checkpoints.items()}
         self._claimed: dict[ModelRef, set[str]] = {ref: set() for ref in checkpoints}
@@ -118,22 +120,31 @@ class Stream:
         ranked = program is not None and program.inputs > len(origins)  # ranks come after the models
         draws = program is not None and program.draws
         keys = self._keys.of(target, _occurrences(target.sources)) if draws else ()
-        hashers = [self._hasher(origin) for origin in origins]
-        kept = self._kept(target)
+        moves = self.tokens.moves(target)
+        hashers = [None if moves else self._hasher(origin) for origin in origins]
         for start in range(0, size, step := self._step(target, ranked)):
-            count = min(step, size - start)
-            if kept is None:
-                inputs = [self._read(index, origin, start, count) for index, origin in enumerate(origins)]
-            else:
-                inputs = [values[start : start + count] for values in kept]
+            inputs, dtypes = self._inputs(target, start, min(step, size - start), moves)
             for hasher, values in zip(hashers, inputs, strict=True):
                 if hasher is not None:
                     hasher.update(raw_bytes(values))
-            part = Part(inputs, [origin.spec.dtype for origin in origins], start, keys)
+            part = Part(inputs, dtypes, start, keys)
             yield self._with_ranks(target, part) if ranked else part
         for origin, hasher in zip(origins, hashers, strict=True):
             if hasher is not None:
                 self._checkpoints[origin.model].weights.note_digests({origin.name: hasher.hexdigest()})
+
+    def _inputs(self, target: Target, start: int, count: int, moves: bool) -> tuple[list[Values], list[str]]:
+        """Return elements of a tensor in every model, and the types they are stored in."""
+        origins = target.inputs
+        if moves:
+            wide = is_wide(target)
+            found = self.tokens.read(target, self._checkpoints, start, count, wide)
+            return found, ["F64" if wide else "F32"] * len(found)
+        dtypes = [origin.spec.dtype for origin in origins]
+        kept = self._kept(target)
+        if kept is not None:
+            return [values[start : start + count] for values in kept], dtypes
+        return [self._read(index, origin, start, count) for index, origin in enumerate(origins)], dtypes
 
     def scan(self, target: Target, program: Program, totals: Totals, output: Output | None = None) -> None:
         """Run a program over a tensor; with an output, which takes the whole tensor, for its elements too."""

@@ -31,7 +31,7 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 class Wudi(Tensorwise):
     needs = Needs(sources=(2, None), base=True, same_architecture=True, same_tokenizer=True)
     paper = "https://arxiv.org/abs/2503.08099"
-    copies = 7.5
+    copies = 8.0
 
     steps: int = Field(300, ge=0, description="Number of steps; 0 gives the sum of the task vectors.")
     learning_rate: float = Field(1e-5, gt=0, description="How far a weight goes in a step, about.")
