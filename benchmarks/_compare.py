@@ -36,19 +36,22 @@ class Difference:
         self.ours_squares += _squares(x - origin)
         self.peer_squares += _squares(y - origin)
 
-    def summary(self) -> dict[str, float]:
-        """Return shares of the weights, the largest difference, and root mean squares relative to the peer's change."""
-        change = math.sqrt(self.peer_squares) or math.inf
+    def summary(self) -> dict[str, float | None]:
+        """Return shares of the weights, the largest difference, and root mean squares over that of the peer's change.
+
+        The last two are None where the peer changed nothing.
+        """
+        change = math.sqrt(self.peer_squares)
         return {
             "differing": self.differing / self.weights,
             "beyond_one_ulp": self.beyond_one / self.weights,
             "largest_ulps": self.largest_ulps,
-            "relative_rms": math.sqrt(self.squares) / change,
-            "change_ratio": math.sqrt(self.ours_squares) / change,
+            "relative_rms": math.sqrt(self.squares) / change if change else None,
+            "change_ratio": math.sqrt(self.ours_squares) / change if change else None,
         }
 
 
-def compare(ours: Path, peer: Path, base: Path) -> dict[str, float]:
+def compare(ours: Path, peer: Path, base: Path) -> dict[str, float | None]:
     """Return how two merges differ; ValueError if they do not hold the same bfloat16 tensors."""
     one, other, origin = (_tensors(folder) for folder in (ours, peer, base))
     if {name: shape for name, (_, _, shape) in one.items()} != {name: shape for name, (_, _, shape) in other.items()}:

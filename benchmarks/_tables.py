@@ -123,8 +123,7 @@ def _differences(rows: Iterable[Row]) -> str:
                     f"{100 * found['differing']:.4f}",
                     f"{100 * found['beyond_one_ulp']:.4f}",
                     f"{found['largest_ulps']:.0f}",
-                    f"{found['relative_rms']:.5f}",
-                    f"{found['change_ratio']:.4f}",
+                    *(NONE if found[key] is None else f"{found[key]:.4f}" for key in ("relative_rms", "change_ratio")),
                 ]
             )
     if not lines:

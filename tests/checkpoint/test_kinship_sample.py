@@ -100,7 +100,9 @@ def test_a_sample_estimates_what_everything_gives():
 
 
 def test_types_that_numpy_cannot_read_are_left_out():
-    weights = Made({"w": (64, 64)})
-    weights._specs["codes"] = Spec("F4", (64, 64))
-    [found] = kinship([Checkpoint("a", weights, Path()), Checkpoint("b", weights, Path())]).pairs
-    assert (found.shared, found.equal) == (2, 1)
+    weights, bytes_ = Made({"w": (64, 64)}), Made({"w": (64, 64)})
+    weights._specs["codes"], bytes_._specs["codes"] = Spec("F4", (64, 64)), Spec("U8", (64, 64))
+    for models in itertools.product((weights, bytes_), (weights, bytes_)):
+        if models != (bytes_, bytes_):
+            [found] = kinship([Checkpoint("x", each, Path()) for each in models]).pairs
+            assert (found.shared, found.equal, found.verdict) == (2, 1, Verdict.SIBLINGS)

@@ -45,7 +45,7 @@ FLAWS = {
     "not itself": ("sources[0] *", "sources[0] + ", checks.gives_back_what_is_everywhere_the_same),
     "not whole": ("* self.scale", "* 0.5", checks.gives_back_a_single_source),
     "depends on the order": ("(1, 1)", "(1, None)", checks.does_not_depend_on_the_order_of_sources),
-    "depends on the chunk": ("* self.scale", "- chunk.sources[0].mean()", checks.does_not_depend_on_how_it_runs),
+    "not repeatable": ("* self.scale", "* float(torch.rand(()))", checks.does_not_depend_on_how_it_runs),
 }  # fmt: skip
 
 

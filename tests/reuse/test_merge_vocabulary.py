@@ -120,8 +120,11 @@ def test_a_model_without_tokenizer_has_that_of_a_model_with_as_many_rows(tmp_pat
     assert found.trivial
     assert found.notes == ("A: has no tokenizer; that of C is taken for it",)
     assert found.files == {"tokenizer.json": tmp_path / "C" / "tokenizer.json"}
-    joined = aligned_by(members, "union")
-    assert joined.size == 302
+    config = {"vocab_size": 300, "eos_token_id": 1}
+    told = [Member("A", members[0].folder, members[0].tables, config), members[1]]
+    told.append(Member("C", members[2].folder, members[2].tables, {"vocab_size": 300, "eos_token_id": 7}))
+    joined = aligned_by(told, "union")
+    assert (joined.size, joined.config) == (302, {"vocab_size": 302})  # the ids stay those of the first
     assert joined.donor == 2
     odd = member(tmp_path, "D", rows=299)
     for policy in ("same", "union", "base", "D"):

@@ -48,8 +48,13 @@ def sample(weights: Sequence[Weights], blocks: int | None, *, matrices_only: boo
     found: dict[tuple[str, tuple[int, ...], bool], Unit] = {}
     for model, specs in enumerate(each.specs for each in weights):
         for name, spec in specs.items():
-            if spec.dtype in RAW and spec.size:
-                found.setdefault((name, spec.shape, spec.floating), Unit(name, spec, [])).members.append(model)
+            key = name, spec.shape, spec.floating
+            if spec.dtype not in RAW or not spec.size:
+                continue
+            if key in found:
+                found[key].members.append(model)
+            else:
+                found[key] = Unit(name, spec, [model])
     units = [found[key] for key in sorted(found) if len(found[key].members) > 1]
     units = [unit for unit in units if unit.matrix or not matrices_only]
     for index, count in _shares([unit.spec.size for unit in units], blocks):
@@ -95,7 +100,7 @@ def values(raw: Array, dtype: str) -> Array:
     return raw if dtype == "F64" else raw.astype(np.float32)
 
 
-def same(one: Array, two: Array, dtypes: tuple[str, str]) -> bool:
+def agree(one: Array, two: Array, dtypes: tuple[str, str]) -> bool:
     """Return whether bits agree; of two floating-point types, as the coarser rounds them."""
     if dtypes[0] != dtypes[1]:
         if not set(dtypes) <= set(SIGNIFICANT_BITS):

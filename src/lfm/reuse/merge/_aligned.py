@@ -123,8 +123,8 @@ def read_tokens(inputs: Inputs, checkpoints: Mapping[ModelRef, Checkpoint]) -> T
 def _refuse_strange_tokens(refs: Sequence[ModelRef], checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
     first = checkpoints[refs[0]].vocabulary
     problems = [
-        f"{ref.label}: its tokenizer differs from that of {refs[0].label}, and no tensor of theirs is known to have a row "
-        "for each token, so that they could be matched; if no tensor has, take the tokenizer files out of a copy"
+        f"{ref.label}: its tokenizer differs from that of {refs[0].label}, and no tensor of theirs is known to have a "
+        "row for each token, so that they could be matched; if no tensor has, take the tokenizer files out of a copy"
         for ref in refs[1:]
         if first and checkpoints[ref].vocabulary and checkpoints[ref].vocabulary != first
     ]

@@ -212,7 +212,7 @@ class Merge(method.Method):
     takes_base: ClassVar[bool] = False  # whether it works on task vectors where a base is given, which it does not need
 
     def objections(self, weights: Sequence[float]) -> list[str]:
-        """Return what speaks against these weights, one for each model."""
+        """Return what speaks against so many models with these weights (all 1 where none are given)."""
         return []
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lfm.checkpoint import RAW, OutputFolder, TensorWriter, raw_bytes
+from lfm.checkpoint.kinship import strangers
 from lfm.errors import LfmError, RequestError, plural
 from lfm.evaluate.change import group_of
 from lfm.method import number_of_models
@@ -33,7 +34,7 @@ from lfm.reuse.merge._kernels import Output, Totals
 from lfm.reuse.merge._layout import Layout, Target, codes, first_few, lay_out
 from lfm.reuse.merge._program import Program, Wanted, compile_program
 from lfm.reuse.merge._settings import setting_problems
-from lfm.reuse.merge._stream import CHUNK, Keys, Stream, is_wide
+from lfm.reuse.merge._stream import CHUNK, UNIT, Keys, Stream, is_wide, row_length
 
 SAYS_NOTHING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}  # about the function
 KEEP = 32_000_000  # bytes of a tensor that a thread keeps for the passes over it
@@ -53,7 +54,11 @@ def plan(method: Merge, inputs: Inputs, context: Context) -> StepPlan:
     except RequestError as error:
         raise RequestError(*problems, *error.problems) from None
     problems += dict.fromkeys(line for outline in outlines.values() for line in first_few(list(codes(outline))))
-    tokens, token_problems = _tokens(inputs, context, outlines)
+    checkpoints = _opened(context, refs)
+    if checkpoints is None:
+        tokens, token_problems = Tokens(), _vocabulary_problems(inputs, outlines)
+    else:
+        tokens, token_problems = _tokens(inputs, checkpoints)
     outlines = {ref: tokens.outline(outline) for ref, outline in outlines.items()}
     layout = lay_out(method, inputs, outlines) if not setting_problems(method, inputs) else Layout()
     problems += dict.fromkeys([*layout.problems, *token_problems])
@@ -64,6 +69,7 @@ def plan(method: Merge, inputs: Inputs, context: Context) -> StepPlan:
     held, memory_problems = _memory(method, layout, context)
     problems += [*memory_problems, *_device_problems(context.settings.device)]
     notes = [*_notes(method, inputs, outlines), *layout.notes, *tokens.notes]
+    notes += _warnings(inputs, checkpoints) if checkpoints and not problems else []
     reads = sum(outline.nbytes for outline in outlines.values())
     seconds = _seconds(method, reads, output.nbytes, context.settings.threads)
     return StepPlan(output, reads, output.nbytes, held, seconds, tuple(problems), tuple(notes))
@@ -82,7 +88,7 @@ def _notes(method: Merge, inputs: Inputs, outlines: Mapping[ModelRef, Outline]) 
     """Yield what is no error and should not pass in silence."""
     reference, *others = _refs(inputs)
     kept = outlines[reference].config
-    if inputs.base is not None and not method.needs.base:
+    if inputs.base is not None and not (method.needs.base or method.takes_base):
         yield f"{type(method).__name__} does not use a base; it gives the config"
     for ref in others:
         config = outlines[ref].config
@@ -109,7 +115,7 @@ def _request_problems(method: Merge, inputs: Inputs) -> list[str]:
 def _weight_problems(method: Merge, inputs: Inputs) -> list[str]:
     name, weights, got = type(method).__name__, inputs.weights, len(inputs.models)
     if weights is None:
-        return []
+        return method.objections([1.0] * got)
     if not method.weighted:
         return [f"{name} takes no weights"]
     if len(weights) != got:
@@ -118,16 +124,26 @@ def _weight_problems(method: Merge, inputs: Inputs) -> list[str]:
     return method.objections(plain) if len(plain) == got else []
 
 
-def _tokens(inputs: Inputs, context: Context, outlines: Mapping[ModelRef, Outline]) -> tuple[Tokens, list[str]]:
-    """Return how the models' tokens go together, and what keeps them from it; models may still have to be made."""
+def _opened(context: Context, refs: Sequence[ModelRef]) -> dict[ModelRef, Checkpoint] | None:
+    """Return the models; None while one of them still has to be made by an earlier step."""
     try:
-        checkpoints = {ref: context.open(ref) for ref in outlines}
+        return {ref: context.open(ref) for ref in refs}
     except RequestError:
-        return Tokens(), _vocabulary_problems(inputs, outlines)
+        return None
+
+
+def _tokens(inputs: Inputs, checkpoints: dict[ModelRef, Checkpoint]) -> tuple[Tokens, list[str]]:
+    """Return how the models' tokens go together, and what keeps them from it."""
     try:
         return read_tokens(inputs, checkpoints), []
     except RequestError as error:
         return Tokens(), list(error.problems)
+
+
+def _warnings(inputs: Inputs, checkpoints: Mapping[ModelRef, Checkpoint]) -> list[str]:
+    """Return a line for each two models that no merge will make a good one of: looks at samples of their weights."""
+    base = checkpoints[inputs.base] if inputs.base else None
+    return strangers([checkpoints[ref] for ref in dict.fromkeys(inputs.models)], base)
 
 
 def _vocabulary_problems(inputs: Inputs, outlines: Mapping[ModelRef, Outline]) -> list[str]:
@@ -181,11 +197,22 @@ def _measures_tensors(method: Merge) -> bool:
     return isinstance(method, Elementwise) and method.measures == "tensor"
 
 
+def _takes(method: Merge) -> str:
+    if isinstance(method, Tensorwise):
+        return "tensors"
+    return method.takes if isinstance(method, Elementwise) else "elements"
+
+
 def _held_by(method: Merge, target: Target, chunk: int) -> int:
     """Return the bytes that one thread holds for a tensor."""
     width = 8 if is_wide(target) else 4
-    if isinstance(method, Tensorwise) and target.kind == "merge":
-        return int(target.spec.size * width * method.copies * (len(target.inputs) + 1))
+    method = target.resolved.method if target.resolved else method
+    if target.kind == "merge" and _takes(method) != "elements":
+        copies = method.copies if isinstance(method, Tensorwise) else 1.5
+        size = target.spec.size
+        if _takes(method) == "rows":
+            size = min(size, max(chunk, math.lcm(row_length(target), UNIT)))
+        return int(size * width * copies * (len(target.inputs) + 1))
     items = sum(int(np.dtype(RAW[origin.spec.dtype]).itemsize) for origin in target.inputs)
     return min(target.spec.size, chunk) * (items + width + 4 * len(target.sources)) + (1 << 20)
 
@@ -234,6 +261,7 @@ def run(method: Merge, inputs: Inputs, context: Context, folder: OutputFolder) -
     digest = writer.finish()
     config = _config(reference.config, inputs, layout, tokens)
     notes = [*_notes(method, inputs, outlines), *layout.notes, *tokens.notes, *sorted(work.notes)]
+    notes += _warnings(inputs, checkpoints)
     if config is not None and changed(layout.specs, reference.specs):
         problems, remarks = config_problems(layout.specs, config)
         notes += remarks
@@ -318,7 +346,7 @@ class _Work:
         """Merge one tensor into the writer."""
         if target.kind == "copy" or not target.spec.size:
             self._copy(target)
-        elif target.kind == "merge" and isinstance(self.method, Tensorwise):
+        elif target.kind == "merge" and target.resolved and _takes(target.resolved.method) != "elements":
             self._merge_whole(target)
         else:
             self._merge(target)
@@ -361,48 +389,60 @@ class _Work:
 
     def _merge_whole(self, target: Target) -> None:
         method = target.resolved.method if target.resolved else None
-        if not isinstance(method, Tensorwise) or target.resolved is None:
+        if target.resolved is None or not isinstance(method, (Elementwise, Tensorwise)):
             raise AssertionError(f"{target.name} is not merged as a whole")
-        wide = is_wide(target)
-        models = [np.empty(target.spec.size, np.float64 if wide else np.float32) for _ in target.inputs]
-        for part in self.stream.parts(target):
-            for index, (raw, dtype) in enumerate(zip(part.inputs, part.dtypes, strict=True)):
-                values = kernels.widened(raw, dtype)
-                self.stream.check(target, [] if np.isfinite(values).all() else [index])
-                models[index][part.place : part.place + part.size] = values
-        shaped = [model.reshape(target.spec.shape) for model in models]
-        base = shaped.pop() if target.base else None
-        before = None if base is None else base.copy()
-        merged = method.merge(
-            Whole(
-                shaped,
-                base,
-                target.resolved.weights,
-                target.resolved.values,
-                target.layer,
-                target.is_table,
-                self.device,
-            )
-        )
-        flat = np.ascontiguousarray(merged, dtype=models[0].dtype).reshape(-1)
-        self._write_values(target, flat)
-        if before is not None:
-            change = (flat - before.reshape(-1)).astype(np.float64)
-            size = before.reshape(-1).astype(np.float64)
-            self._moved[target.name] = (float(change @ change), float(size @ size))
+        merge = method.merge if isinstance(method, Tensorwise) else method.merge_whole
+        rows = _takes(method) == "rows"
+        moved = np.zeros(2)  # squares of what changes, and of what was there
+        for place, models in self._rows(target) if rows else [(0, self._whole(target))]:
+            shape = (-1, *target.spec.shape[1:]) if rows and len(target.spec.shape) > 1 else target.spec.shape
+            shaped = [model.reshape(shape) for model in models]
+            base = shaped.pop() if target.base else None
+            before = models[-1].copy() if target.base else None
+            given = target.resolved
+            whole = Whole(shaped, base, given.weights, given.values, target.layer, target.is_table, self.device)
+            flat = np.ascontiguousarray(merge(whole), dtype=models[0].dtype).reshape(-1)
+            moved += self._write_values(target, flat, before, place)
+        if target.base:
+            self._moved[target.name] = (float(moved[0]), float(moved[1]))
 
-    def _write_values(self, target: Target, values: np.ndarray[Any, Any]) -> None:
+    def _whole(self, target: Target) -> list[np.ndarray[Any, Any]]:
+        kind = np.float64 if is_wide(target) else np.float32
+        models = [np.empty(target.spec.size, kind) for _ in target.inputs]
+        for part in self.stream.parts(target):
+            for model, values in zip(models, self._widened(target, part), strict=True):
+                model[part.place : part.place + part.size] = values
+        return models
+
+    def _rows(self, target: Target) -> Iterator[tuple[int, list[np.ndarray[Any, Any]]]]:
+        kind = np.float64 if is_wide(target) else np.float32
+        for part in self.stream.parts(target, by_rows=True):
+            yield part.place, [values.astype(kind, copy=False) for values in self._widened(target, part)]
+
+    def _widened(self, target: Target, part: kernels.Part) -> Iterator[np.ndarray[Any, Any]]:
+        for index, (raw, dtype) in enumerate(zip(part.inputs, part.dtypes, strict=True)):
+            values = kernels.widened(raw, dtype)
+            self.stream.check(target, [] if np.isfinite(values).all() else [index])
+            yield values.copy() if values is raw else values
+
+    def _write_values(
+        self, target: Target, values: np.ndarray[Any, Any], before: np.ndarray[Any, Any] | None, place: int
+    ) -> np.ndarray[Any, Any]:
         """Round and write numbers, in the way of a program that gives its input back."""
         one = Array("INPUT")
         noise = Array("RANDOM") if self.inputs.rounding == "stochastic" and target.spec.dtype != "F32" else None
-        program = compile_program(Wanted(one, noise))
+        base = Array("INPUT", index=1)
+        products = [] if before is None else [(one - base, one - base), (base, base)]
+        program = compile_program(Wanted(one, noise, products=products))
+        totals = Totals.of(program)
         dtype = "F64" if values.dtype == np.float64 else "F32"
         for start in range(0, len(values), CHUNK):
-            piece = values[start : start + CHUNK]
-            output = Output(self.stream.buffer("output", target.spec.dtype, len(piece)), target.spec.dtype)
-            part = kernels.Part([piece], [dtype], start, self.stream.rounding_key(target))
-            broken = kernels.run(program, part, Totals.of(program), output, wide=is_wide(target))
+            pieces = [one[start : start + CHUNK] for one in (values, before) if one is not None]
+            output = Output(self.stream.buffer("output", target.spec.dtype, len(pieces[0])), target.spec.dtype)
+            part = kernels.Part(pieces, [dtype] * len(pieces), place + start, self.stream.rounding_key(target))
+            broken = kernels.run(program, part, totals, output, wide=is_wide(target))
             self._write(target, output.values, broken.output or bool(broken.inputs))
+        return totals.products if before is not None else np.zeros(2)
 
     def _write(self, target: Target, values: np.ndarray[Any, Any], overflow: bool) -> None:
         if overflow:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from lfm.checkpoint import read_json
 from lfm.errors import RequestError, plural
@@ -155,7 +155,7 @@ def _only(kind: type, values: Iterable[object]) -> bool:
     return set(map(type, values)) <= {kind}
 
 
-def _are_ids(ids: Any) -> bool:
+def _are_ids(ids: Any) -> TypeGuard[dict[str, int]]:
     return isinstance(ids, dict) and _only(int, ids.values()) and min(ids.values(), default=0) >= 0
 
 

@@ -127,15 +127,12 @@ def _names(documents: list[Located], name: str, problems: list[str]) -> Iterator
     for index in nameless[1:]:
         problems.append(f"{documents[index].where(())}: a second document without `name`; only one can be the result")
     for index, (document, one) in enumerate(zip(documents, given, strict=True)):
-        if index == last:
-            yield name
-            continue
         where = document.where(("name",))
-        if one is not None and not _is_folder(one):
+        if len(documents) > 1 and one is not None and not _is_folder(one):
             problems.append(f"{where}: {one!r} cannot name a folder")
-        elif one is not None and (one in given[:index] or one == name):
+        elif one is not None and (one in given[:index] or (one == name and index != last)):
             problems.append(f"{where}: {one!r} is the name of another result")
-        yield f"{one}" if one is not None else f"{name} {index}"
+        yield name if index == last else f"{name} {index}" if one is None else str(one)
 
 
 def _is_folder(name: Any) -> bool:

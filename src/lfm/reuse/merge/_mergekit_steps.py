@@ -104,7 +104,7 @@ class _Translator:
     def _modules(self) -> Iterator[Module]:
         document = self._document
         whole = self._level(document.parameters, ())
-        if document.modules is None:
+        if not document.modules:
             plain = ModuleDefinition(models=document.models, slices=document.slices)
             yield self._module("default", plain, (), (whole,))
         for name, module in (document.modules or {}).items():

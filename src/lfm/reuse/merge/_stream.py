@@ -111,7 +111,7 @@ class Stream:
 
     # --- running
 
-    def parts(self, target: Target, program: Program | None = None) -> Iterator[Part]:
+    def parts(self, target: Target, program: Program | None = None, *, by_rows: bool = False) -> Iterator[Part]:
         """Yield a tensor's elements in every model, chunk by chunk, and what else a program that is to run on it needs.
 
         The arrays are used again for the next part.
@@ -122,7 +122,7 @@ class Stream:
         keys = self._keys.of(target, _occurrences(target.sources)) if draws else ()
         moves = self.tokens.moves(target)
         hashers = [None if moves else self._hasher(origin) for origin in origins]
-        for start in range(0, size, step := self._step(target, ranked)):
+        for start in range(0, size, step := self._step(target, ranked or by_rows)):
             inputs, dtypes = self._inputs(target, start, min(step, size - start), moves)
             for hasher, values in zip(hashers, inputs, strict=True):
                 if hasher is not None:

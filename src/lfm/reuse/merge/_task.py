@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from lfm.errors import RequestError, plural
+from lfm.errors import plural
 
 
-def place_of(task: int, models: int) -> int:
-    """Return `task` as the place of one of the models in their list, or raise RequestError where there is none."""
-    if task >= models:
-        raise RequestError(
-            f"task: got {task}, with {plural(models, 'model')} to merge: they count from 0, so {models - 1} is the last"
-        )
-    return task
+def task_objections(task: int | None, models: int) -> list[str]:
+    """Return what speaks against `task` as the place of one of the models in their list."""
+    if task is None or task < models:
+        return []
+    return [
+        f"task: got {task}, with {plural(models, 'model')} to merge: they count from 0, so {models - 1} is the last"
+    ]

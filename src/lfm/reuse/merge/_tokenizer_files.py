@@ -197,10 +197,7 @@ def _scored(donor: Lexicon, ordinary: Sequence[Addition], ids: Mapping[str, int]
     lowest = min((pair[1] for pair in pairs), default=0.0)
     scores = {addition.text: addition.origin for addition in ordinary}
     known = {origin: dict(origin.model["vocab"]) for origin in scores.values() if origin is not None}
-    behind = sorted((number, text) for text, number in ids.items() if number >= len(pairs))
-    for number, text in behind:
-        if number != len(pairs):
-            raise RequestError(f"the Unigram tokenizer has no token at {len(pairs)}: no more tokens can be added to it")
+    for _, text in sorted((number, text) for text, number in ids.items() if number >= len(pairs)):
         origin = scores.get(text)
         pairs.append([text, lowest if origin is None else known[origin][text]])
     return pairs

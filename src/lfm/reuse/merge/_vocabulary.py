@@ -430,15 +430,19 @@ class _Aligner:
             return {}
         reference, folder = self._members[0].folder, self._members[self._donor].folder
         files = dict(output_files(reference, folder, donor, additions, ids))
-        if not self._same and self._donor != 0:
+        if self._is_another():
             files |= generation_file(reference, folder, self._ids_of_first(), ids)
         return files
 
     def _config(self, ids: Mapping[str, int], size: int) -> Mapping[str, Any]:
         reference, donor = self._members[0], self._members[self._donor]
-        own = None if self._same or self._donor == 0 else donor.config or {}
+        own = donor.config or {} if self._is_another() else None
         rows = (reference.rows, size)
         return config_changes(reference.config or {}, own, old=self._ids_of_first(), new=ids, rows=rows)
+
+    def _is_another(self) -> bool:
+        """Return whether the tokenizer is another one than that of the model that gives the config."""
+        return not self._same and self._lexicons[self._donor] is not self._lexicons[0]
 
     def _ids_of_first(self) -> Mapping[str, int]:
         first = self._lexicons[0]

@@ -15,13 +15,15 @@ well one multi-task vector and a bit per weight and task store all the models; `
 and say nothing then. Where both sides of the comparison are equal, the mask of the authors' code is 0, the paper's 1.
 """
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
 from lfm.method import Needs
 from lfm.reuse.merge._array import Array, total, where
 from lfm.reuse.merge._combine import combine
 from lfm.reuse.merge._contract import Elementwise, Site
-from lfm.reuse.merge._task import place_of
+from lfm.reuse.merge._task import task_objections
 
 
 class Consensus(Elementwise):
@@ -34,6 +36,9 @@ class Consensus(Elementwise):
     scale: float = Field(0.3, description="How far to go along what is left of the multi-task vector.")
     task: int | None = Field(None, ge=0, description="Rebuild the model of this source instead, counted from 0.")
 
+    def objections(self, weights: Sequence[float]) -> list[str]:
+        return task_objections(self.task, len(weights))
+
     def merge(self, site: Site, measured: None) -> Array:
         multitask = combine(site.deltas, site.weights)
         masks = [
@@ -41,5 +46,5 @@ class Consensus(Elementwise):
             for delta, sparsity in zip(site.deltas, site.each("sparsity"), strict=True)
         ]
         if self.task is not None:
-            return site.moved(where(masks[place_of(self.task, len(masks))], multitask, 0.0))
+            return site.moved(where(masks[self.task], multitask, 0.0))
         return site.moved(where(total(masks) >= self.min_tasks, multitask * self.scale, 0.0))

@@ -12,12 +12,14 @@ code elects the negative side there. For 3 that code adds up the means of the te
 much as large ones; here all elements weigh the same, as the paper's formula says.
 """
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
 from lfm.method import Needs
 from lfm.reuse.merge._array import Array, array, maximum, sign, total, where
 from lfm.reuse.merge._contract import Elementwise, Extent, Scope, Site
-from lfm.reuse.merge._task import place_of
+from lfm.reuse.merge._task import task_objections
 
 
 class Emr(Elementwise):
@@ -27,13 +29,16 @@ class Emr(Elementwise):
 
     task: int | None = Field(None, ge=0, description="Make the model of this source, counted from 0; all if left out.")
 
+    def objections(self, weights: Sequence[float]) -> list[str]:
+        return task_objections(self.task, len(weights))
+
     @property
     def measures(self) -> Scope:
         return "nothing" if self.task is None else "global"
 
     def measure(self, extent: Extent) -> float:
         """Return the rescaler of the task."""
-        task = place_of(self.task or 0, extent.sources)
+        task = self.task or 0
         wanted, kept = extent.total(
             lambda site: [(abs(change), array(1.0)) for change in (site.deltas[task], _masked(site, task))]
         )
