@@ -31,8 +31,8 @@ BATCH = 32
 class Language(Family):
     steps: int = 150
     batch_size: int = 8
-    validation: int = 40  # windows of 256 tokens, or instructions with their answers
-    test: int = 110
+    validation: int = 25  # windows of 256 tokens, or instructions with their answers
+    test: int = 80
 
     name = "language"
     title = "Llama of 260,032 parameters"

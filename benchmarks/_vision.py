@@ -46,9 +46,9 @@ class Vision(Family):
     steps: int = 150
     batch_size: int = 64
     probe: int = 6400  # images that a head is fitted to
-    validation: int = 200  # images of each task
-    test: int = 1000
-    unlabelled: int = 256  # training images for the statistics of batch norms
+    validation: int = 150  # images of each task
+    test: int = 800
+    unlabelled: int = 128  # training images for the statistics of batch norms
 
     name = "vision"
     title = "ResNet-20"
@@ -86,7 +86,7 @@ class Vision(Family):
     def note(self, variant: str) -> str:
         data = f" on {self.unlabelled} unlabelled training images of each task" if variant == RECOMPUTED else ""
         return (
-            f"Accuracy in percent on {self.test:,} test images of each task (settings chosen on {self.validation} "
+            f"Accuracy in percent on {self.test} test images of each task (settings chosen on {self.validation} "
             f"held-out training images of each); batch norms: {variant.removeprefix('BatchNorm ')}{data}."
         )
 

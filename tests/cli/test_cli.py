@@ -253,7 +253,7 @@ def test_completion_knows_commands_and_methods():
     assert "_LFM_COMPLETE" in run([sys.executable, "-m", "lfm", "completion", "bash"]).stdout
     words = {"_LFM_COMPLETE": "bash_complete", "COMP_WORDS": "lfm merge t", "COMP_CWORD": "2"}
     found = run([sys.executable, "-c", "import sys; sys.argv[0] = 'lfm'; from lfm.cli import entry; entry()"], **words)
-    assert {line.partition(",")[2] for line in found.stdout.split()} == {"ties", "task_arithmetic"}
+    assert {line.partition(",")[2] for line in found.stdout.split()} == {"ties", "task_arithmetic", "tsv_m"}
 
 
 def test_a_reader_that_leaves_early_is_no_error():

@@ -46,7 +46,8 @@ def test_lineage_says_everything_that_made_a_checkpoint(family, tmp_path):
     assert lineage["paper"].startswith("https://arxiv.org/abs/")
     known = {"density": 0.2, "scale": 1.0, "normalize": True, "scope": "global", "rescale": "none", "rules": "paper"}
     assert lineage["parameters"] == known
-    assert lineage["inputs"] == {"weights": None, "dtype": None}
+    plain = {"weights": None, "dtype": None, "rounding": "nearest", "tokenizer": "same", "vary": {}, "slices": []}
+    assert plain.items() <= lineage["inputs"].items()
     assert [entry["digest"] for entry in lineage["parents"]] == [
         open_checkpoint(tmp_path / "out" / "s1").digest,
         open_checkpoint(tmp_path / "out" / "s0").digest,

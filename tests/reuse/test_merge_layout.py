@@ -328,3 +328,11 @@ def test_an_architecture_that_nobody_knows_is_noted(tmp_path):
     step = {"merge": "passthrough", "models": [str(a)], "slices": [{"model": str(a), "layers": [0, 2]}]}
     run(step, tmp_path / "out")
     assert "not checked whether it loads" in lfm.open_checkpoint(tmp_path / "out").lineage["notes"][-1]
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
+    paths = [str(save(tmp_path / f"m{i}", near(tensors(0), i))) for i in range(3)]
+    step = {"merge": "ties", "models": paths[1:], "base": paths[0], "scope": "tensor"}
+    one = run({**step, "density": [0.5], "weights": [1e-3, 1]}, tmp_path / "one")
+    two = run({**step, "density": ["5e-1"], "weights": ["1e-3", {"default": "1"}]}, tmp_path / "two")
+    assert same(one, two)

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from tests.golden.mergekit import golden, inputs
 
@@ -189,6 +190,91 @@ def test_tensors_that_no_source_changed_stay_as_they_are(merged, checkpoints):
 def test_an_epsilon_that_is_too_wide_is_narrowed(merged):
     _, err = merged(case_of("della-wide").config)
     assert "epsilon 0.15 is more than density 0.9 leaves room for: 0.1 counts" in err
+
+
+# --- what has no golden numbers
+
+
+def test_a_filter_sees_the_name_in_the_source_where_slices_renumber_layers(merged, checkpoints):
+    config = """
+    merge_method: passthrough
+    slices:
+      - sources: [{model: ./a, layer_range: [2, 3], parameters: {scale: [{filter: layers.2., value: 0.5}]}}]
+      - sources: [{model: ./a, layer_range: [0, 1], parameters: {scale: [{filter: layers.1., value: 0.5}]}}]
+    """
+    found, _ = merged(config)
+    source = tensors(checkpoints("tiny") / "a")
+    for name in [name for name in found if ".layers." in name]:
+        here = name.replace("layers.0.", "layers.2.") if "layers.0." in name else name.replace("layers.1.", "layers.0.")
+        np.testing.assert_array_equal(found[name], source[here] * (0.5 if "layers.0." in name else 1))
+
+
+def test_a_slice_may_be_of_the_base_alone(merged, checkpoints):
+    config = """
+    merge_method: ties
+    base_model: ./base
+    slices:
+      - sources: [{model: ./a, layer_range: [0, 1]}, {model: ./base, layer_range: [0, 1]}]
+      - sources: [{model: ./base, layer_range: [1, 3]}]
+    parameters: {weight: 1, density: 0.5}
+    """
+    found, _ = merged(config)
+    base = tensors(checkpoints("tiny") / "base")
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.2.input_layernorm.weight", "lm_head.weight"):
+        np.testing.assert_array_equal(found[name], base[name])
+    assert not np.array_equal(found["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+
+
+def test_an_adapter_goes_on_top_of_its_model(merged, checkpoints, tmp_path):
+    generator = np.random.default_rng(0)
+    name = "model.layers.1.mlp.up_proj"
+    down, up = (generator.standard_normal(shape).astype("f4") for shape in ((2, 12), (11, 2)))
+    (tmp_path / "lora").mkdir()
+    factors = {f"base_model.model.{name}.lora_{key}.weight": value for key, value in (("A", down), ("B", up))}
+    save_file(factors, tmp_path / "lora" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"]}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    models = f"[{{model: ./a+{tmp_path / 'lora'}}}, {{model: {{model: ./a, lora: null}}}}]"
+    found, _ = merged(f"{{merge_method: linear, models: {models}, parameters: {{weight: 1}}}}")
+    source = tensors(checkpoints("tiny") / "a")
+    agree(found, source | {f"{name}.weight": source[f"{name}.weight"] + up @ down})
+
+
+PARTS = {
+    "language_model.model.embed_tokens.weight": (7, 4),
+    "language_model.model.layers.0.mlp.weight": (4, 4),
+    "language_model.model.layers.1.mlp.weight": (4, 4),
+    "vision_tower.vision_model.encoder.layers.0.mlp.weight": (3, 3),
+    "multi_modal_projector.linear.weight": (4, 3),
+}
+
+
+def test_modules_are_merged_one_by_one(lfm, tmp_path):
+    generator = np.random.default_rng(0)
+    models, entries = {}, {}
+    for name, weight in {"a": 1, "b": 3, "c": 1}.items():
+        (tmp_path / name).mkdir()
+        models[name] = {key: generator.standard_normal(shape).astype("f4") for key, shape in PARTS.items()}
+        save_file(models[name], tmp_path / name / "model.safetensors")
+        entries[name] = f"{{model: {tmp_path / name}, parameters: {{weight: {weight}}}}}"
+    config = f"""
+    merge_method: linear
+    base_model: {tmp_path / "a"}
+    modules:
+      text_decoder:
+        models: [{entries["a"]}, {entries["b"]}]
+        parameters: {{normalize: [false, true]}}
+      vision_tower: {{models: [{entries["a"]}, {entries["c"]}]}}
+    """
+    code, out, err = lfm(config, "merge", "--config", "their.yaml", "-o", tmp_path / "out", "-q")
+    assert code == 0, err
+    assert str(tmp_path / "out" / "merged") in out
+    a, b, c = (models[name] for name in "abc")
+    divisors = dict(zip(PARTS, (1, 1, 4), strict=False))  # of the text: `normalize` holds in its last layer alone
+    expected = {name: (a[name] + 3 * b[name]) / divisor for name, divisor in divisors.items()}
+    tower, projector = [*PARTS][3:]
+    agree(tensors(tmp_path / "out" / "merged"), expected | {tower: (a[tower] + c[tower]) / 2, projector: a[projector]})
+    assert f"modules not named here are those of {tmp_path / 'a'}; mergekit leaves them out" in err
 
 
 # --- in recipes

@@ -343,10 +343,8 @@ def by_their_rule(name, levels, tensor, depth):
         for entry in entries:
             part = entry.get("filter")
             if part is None or part == "*" or part in tensor:
-                values = entry["value"] if isinstance(entry["value"], list) else [entry["value"]]
-                return float(
-                    np.interp(depth * (len(values) - 1), range(len(values)), [float(value) for value in values])
-                )
+                value = entry["value"] if isinstance(entry["value"], list) else [entry["value"]]
+                return np.interp(depth * (len(value) - 1), range(len(value)), [float(number) for number in value])
     return None
 
 

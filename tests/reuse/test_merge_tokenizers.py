@@ -317,6 +317,24 @@ def test_files_that_would_say_something_else_are_left_out(tmp_path):
     assert json.loads(grown.files["added_tokens.json"]) == {"<|im_start|>": 300, "<|im_end|>": 301}
 
 
+def test_unigram_tokens_keep_their_scores(tmp_path):
+    one, two = KINDS["unigram"]
+    found = aligned_by([member(tmp_path, "A", one), member(tmp_path, "B", two)], "union")
+    own, theirs = (dict(json.loads(tokenizer.to_str())["model"]["vocab"]) for tokenizer in (one, two))
+    scores = dict(json.loads(found.files["tokenizer.json"])["model"]["vocab"])
+    assert scores == {**theirs, **own, "<pad>": min(own.values())}
+    encoded = written(found).encode(LAWS[0]).tokens
+    assert any(token in theirs and token not in own for token in encoded)
+
+
+def test_flags_in_tokenizer_json_count_before_those_of_other_files(tmp_path):
+    decoder = {"301": {"content": "<|im_end|>", "special": False, "lstrip": True}}
+    one = member(tmp_path, "A", CHAT, tokenizer_config__json={"added_tokens_decoder": decoder})
+    found = aligned_by([one, member(tmp_path, "B", with_added(CHAT, "<tool>"))], "union")
+    entries = json.loads(found.files["tokenizer.json"])["added_tokens"]
+    assert entries[:-1] == json.loads(CHAT.to_str())["added_tokens"]
+
+
 def test_unigram_ids_follow_each_other_whatever_a_file_says(tmp_path):
     far = {"added_tokens_decoder": {"70": {"content": "<far>"}}}
     one = unigram(TALES)

@@ -104,6 +104,14 @@ def test_rows_of_padding_are_those_of_the_first_model(base, tmp_path):
     )
 
 
+def test_padding_is_not_matched_with_the_token_that_another_model_has_there(tmp_path):
+    members = [member(tmp_path, "A", TALE, 304), member(tmp_path, "B", CHAT, 304)]
+    found = aligned_by(members, "base", base=True)
+    assert found.rows[1].tolist() == [*range(300), -1, -1, 302, 303]
+    tables, after = merged_rows(found, members)
+    assert np.array_equal(after[1][300:302], tables[0][300:302])
+
+
 def test_gaps_between_ids_are_padding(tmp_path):
     content = json.loads(TALE.to_str())
     content["model"]["vocab"]["gap"] = 310
@@ -287,6 +295,7 @@ def test_rules_say_what_stands_in_a_row(tmp_path):
     assert [found.ids[text] for text in ("<zero>", "<mean>", "<like>")] == [302, 303, 304]
     for before, own in zip(tables, after, strict=True):
         assert np.array_equal(own[302], np.zeros(3))
+        assert not np.signbit(own[302]).any()
         assert np.array_equal(own[304], tables[1][17])
         assert np.array_equal(own[301], tables[2][301])
         assert np.array_equal(own[1], np.zeros(3))

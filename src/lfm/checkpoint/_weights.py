@@ -11,37 +11,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lfm.checkpoint._header import Spec
 from lfm.errors import RequestError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     import torch
 
 CHUNK_BYTES = 1 << 20
-RAW: dict[str, Any] = {  # numpy's types for the bytes of safetensors' dtypes; where it has none, integers as wide
-    "BOOL": np.bool_,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "U16": np.uint16,
-    "I16": np.int16,
-    "U32": np.uint32,
-    "I32": np.int32,
-    "U64": np.uint64,
-    "I64": np.int64,
-    "F16": np.float16,
-    "BF16": np.uint16,
-    "F32": np.float32,
-    "F64": np.float64,
-    "C64": np.complex64,
-    "F8_E4M3": np.uint8,
-    "F8_E5M2": np.uint8,
-    "F8_E8M0": np.uint8,
-    "F8_E4M3FNUZ": np.uint8,
-    "F8_E5M2FNUZ": np.uint8,
+RAW = {  # numpy's names for the bytes of safetensors' dtypes; where it has none, integers as wide
+    **{"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32"},
+    **{"U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "uint16", "F32": "float32", "F64": "float64"},
+    **{"C64": "complex64", "F8_E4M3": "uint8", "F8_E5M2": "uint8", "F8_E8M0": "uint8"},
+    **{"F8_E4M3FNUZ": "uint8", "F8_E5M2FNUZ": "uint8"},
 }
 
 
@@ -63,6 +47,8 @@ class Weights(ABC):
 
     def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """Return elements [start, stop) as numpy sees their bytes: bfloat16 as uint16. Needs no torch."""
+        import numpy as np
+
         spec = self.specs[name]
         if spec.dtype not in RAW:
             raise RequestError(f"tensor {name!r}: {spec.dtype} cannot be read; convert the checkpoint first")
@@ -149,7 +135,7 @@ def as_bytes(flat: torch.Tensor) -> memoryview:
 
 def raw_bytes(values: np.ndarray[Any, Any]) -> memoryview:
     """Return the bytes of a contiguous array, without a copy."""
-    view: Any = values.view(np.uint8) if values.ndim else values.reshape(1).view(np.uint8)
+    view: Any = values.view("uint8") if values.ndim else values.reshape(1).view("uint8")
     return memoryview(view)
 
 

@@ -36,13 +36,17 @@ def _setting(value: Any) -> Any:
 
 
 def _weight(value: Any) -> Any:
-    if isinstance(value, (str, bool)):
-        raise ValueError(
-            f"Input should be a number, a list of numbers, or a mapping from names to them (got {value!r})"
-        )
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _weight(part)
-    return _setting(value)
+    """Check a weight, which is a number wherever it varies; YAML takes 1e-3 for text."""
+    if isinstance(value, dict):
+        return _setting({name: _weight(part) for name, part in value.items()})
+    if isinstance(value, list):
+        return _setting([_weight(part) for part in value])
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"Input should be a valid number (got {value!r})") from None
+    return _setting(float(value) if isinstance(value, bool) else value)
 
 
 _SHAPES = WithJsonSchema({"anyOf": [{"type": kind} for kind in ("number", "string", "boolean", "array", "object")]})

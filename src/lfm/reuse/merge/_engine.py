@@ -11,34 +11,30 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from lfm.checkpoint import RAW, OutputFolder, TensorWriter, raw_bytes
+from lfm.checkpoint import Checkpoint, OutputFolder
 from lfm.checkpoint.kinship import strangers
 from lfm.errors import LfmError, RequestError, plural
-from lfm.evaluate.change import group_of
 from lfm.method import number_of_models
 from lfm.models.ref import ModelRef
 from lfm.progress import Progress
 from lfm.recipe.step import Context, Outline, StepPlan, StepResult
-from lfm.reuse.merge import _kernels as kernels
 from lfm.reuse.merge._aligned import Tokens, read_tokens, tokenizer_policy
-from lfm.reuse.merge._array import Array, total
 from lfm.reuse.merge._check import changed, config_problems
-from lfm.reuse.merge._contract import Elementwise, Inputs, Merge, Site, Tensorwise, Whole
-from lfm.reuse.merge._extent import TensorExtent
-from lfm.reuse.merge._kernels import Output, Totals
+from lfm.reuse.merge._contract import Elementwise, Inputs, Merge
 from lfm.reuse.merge._layout import Layout, Target, codes, first_few, lay_out
-from lfm.reuse.merge._program import Program, Wanted, compile_program
 from lfm.reuse.merge._settings import setting_problems
-from lfm.reuse.merge._stream import CHUNK, UNIT, Keys, Stream, is_wide, row_length
+from lfm.reuse.merge._stream import CHUNK, Keys, Stream
+from lfm.reuse.merge._work import Room, Work, held_by, takes
 
 SAYS_NOTHING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}  # about the function
 KEEP = 32_000_000  # bytes of a tensor that a thread keeps for the passes over it
 RESIDENT = 90_000_000  # bytes that the program itself takes, before it holds any part of a model
+TORCH = 250_000_000  # bytes that torch takes, where a method needs it
+SMALLEST = 1 << 14  # elements of a chunk, below which nothing is won
+WHOLE = 400_000_000  # bytes of whole tensors that are held at a time, where one does not need more
 RATE = 0.8e9  # bytes that a thread gets through in a second: measured, to say about how long a merge will take
 
 
@@ -174,15 +170,21 @@ def _device_problems(device: str) -> list[str]:
 def _memory(method: Merge, layout: Layout, context: Context) -> tuple[int, list[str]]:
     """Return the bytes that a merge holds at most, and whether that is more than it may."""
     threads, budget = context.settings.threads, context.settings.memory
-    largest = max((_held_by(method, target, CHUNK) for target in layout.targets.values()), default=0)
-    largest += KEEP if _measures_tensors(method) and budget is None else 0
+    resident = RESIDENT + (TORCH if "torch" in sys.modules else 0)
+    largest = _largest(method, layout, CHUNK)
+    if budget is None and takes(method) == "tensors":
+        return resident + max(largest, min(threads * largest, WHOLE)), []
     if budget is None:
-        return RESIDENT + threads * largest, []
-    smallest = max((_held_by(method, target, 1 << 14) for target in layout.targets.values()), default=0)
-    if RESIDENT + smallest > budget:
-        need = f"{math.ceil((RESIDENT + smallest) / 1e6)}MB"
-        return RESIDENT + smallest, [f"--memory: {type(method).__name__} needs {need} at least for the largest tensor"]
-    return min(budget, RESIDENT + threads * largest), []
+        return resident + threads * (largest + (KEEP if _measures_tensors(method) else 0)), []
+    smallest = resident + _largest(method, layout, SMALLEST)
+    if smallest > budget:
+        need = f"{math.ceil(smallest / 1e6)}MB"
+        return smallest, [f"--memory: {type(method).__name__} needs {need} at least for the largest tensor"]
+    return min(budget, resident + threads * largest), []
+
+
+def _largest(method: Merge, layout: Layout, chunk: int) -> int:
+    return max((held_by(method, target, chunk) for target in layout.targets.values()), default=0)
 
 
 def _seconds(method: Merge, reads: int, writes: int, threads: int) -> float | None:
@@ -195,26 +197,6 @@ def _seconds(method: Merge, reads: int, writes: int, threads: int) -> float | No
 
 def _measures_tensors(method: Merge) -> bool:
     return isinstance(method, Elementwise) and method.measures == "tensor"
-
-
-def _takes(method: Merge) -> str:
-    if isinstance(method, Tensorwise):
-        return "tensors"
-    return method.takes if isinstance(method, Elementwise) else "elements"
-
-
-def _held_by(method: Merge, target: Target, chunk: int) -> int:
-    """Return the bytes that one thread holds for a tensor."""
-    width = 8 if is_wide(target) else 4
-    method = target.resolved.method if target.resolved else method
-    if target.kind == "merge" and _takes(method) != "elements":
-        copies = method.copies if isinstance(method, Tensorwise) else 1.5
-        size = target.spec.size
-        if _takes(method) == "rows":
-            size = min(size, max(chunk, math.lcm(row_length(target), UNIT)))
-        return int(size * width * copies * (len(target.inputs) + 1))
-    items = sum(int(np.dtype(RAW[origin.spec.dtype]).itemsize) for origin in target.inputs)
-    return min(target.spec.size, chunk) * (items + width + 4 * len(target.sources)) + (1 << 20)
 
 
 def _config(config: Mapping[str, Any] | None, inputs: Inputs, layout: Layout, tokens: Tokens) -> dict[str, Any] | None:
@@ -250,7 +232,8 @@ def run(method: Merge, inputs: Inputs, context: Context, folder: OutputFolder) -
         from lfm.reuse.merge._torch import runner
 
         stream.run = runner(context.settings.device)
-    work = _Work(method, inputs, stream, writer, context.settings.device)
+    room = Room(max((context.settings.memory or 0) - RESIDENT, WHOLE))
+    work = Work(method, inputs, stream, writer, context.settings.device, room)
     with _one_torch_thread(), ThreadPoolExecutor(threads) as pool:
         work.measure(layout, pool)
         # The large ones first, so that no thread is left alone with one at the end.
@@ -273,7 +256,7 @@ def run(method: Merge, inputs: Inputs, context: Context, folder: OutputFolder) -
     return StepResult(digest, writer.digests(), notes=tuple(notes), change=work.change())
 
 
-def _finished(pool: ThreadPoolExecutor, work: _Work, targets: Sequence[Target], threads: int) -> Iterator[Target]:
+def _finished(pool: ThreadPoolExecutor, work: Work, targets: Sequence[Target], threads: int) -> Iterator[Target]:
     """Yield targets as they are done; the first failure stops the rest."""
     futures = [pool.submit(work.do, target) for target in targets]
     try:
@@ -291,206 +274,12 @@ def _shares(method: Merge, layout: Layout, context: Context) -> tuple[int, int]:
     if budget is None:
         return threads, chunk
 
-    def held(chunk: int) -> int:
-        return max((_held_by(method, target, chunk) for target in layout.targets.values()), default=0)
-
-    while chunk > 1 << 14 and RESIDENT + threads * held(chunk) > budget:
+    resident = RESIDENT + (TORCH if "torch" in sys.modules else 0)
+    while chunk > SMALLEST and resident + threads * _largest(method, layout, chunk) > budget:
         chunk //= 2
-    while threads > 1 and RESIDENT + threads * held(chunk) > budget:
+    while threads > 1 and resident + threads * _largest(method, layout, chunk) > budget:
         threads -= 1
     return threads, chunk
-
-
-@dataclass
-class _Work:
-    """Merges one tensor at a time, from any thread."""
-
-    method: Merge
-    inputs: Inputs
-    stream: Stream
-    writer: TensorWriter
-    device: str
-    notes: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._measured: dict[str, Any] = {}
-        self._moved: dict[str, tuple[float, float]] = {}
-
-    # --- what is found out first
-
-    def measure(self, layout: Layout, pool: ThreadPoolExecutor) -> None:
-        """Measure all layers, or the whole model, where the method wants that."""
-        groups: dict[Any, list[Target]] = {}
-        for target in layout.targets.values():
-            if target.kind == "merge" and target.spec.size and (scope := self._scope(target)) in ("layer", "global"):
-                place = target.name.split(".", 1)[0] if target.layer is None else target.layer
-                groups.setdefault(place if scope == "layer" else "", []).append(target)
-        for targets in groups.values():
-            extent = TensorExtent(self.stream, targets, pool)
-            found = self._elementwise(targets[0]).measure(extent)
-            self._measured |= {target.name: found for target in targets}
-
-    def _scope(self, target: Target) -> str:
-        method = target.resolved.method if target.resolved else None
-        return method.measures if isinstance(method, Elementwise) else "nothing"
-
-    def _elementwise(self, target: Target) -> Elementwise:
-        method = target.resolved.method if target.resolved else None
-        if not isinstance(method, Elementwise):
-            raise AssertionError(f"{target.name} is not merged element by element")
-        return method
-
-    # --- one tensor
-
-    def do(self, target: Target) -> None:
-        """Merge one tensor into the writer."""
-        if target.kind == "copy" or not target.spec.size:
-            self._copy(target)
-        elif target.kind == "merge" and target.resolved and _takes(target.resolved.method) != "elements":
-            self._merge_whole(target)
-        else:
-            self._merge(target)
-
-    def _merge(self, target: Target) -> None:
-        program = self._program(target)
-        totals = Totals.of(program)
-        wide = is_wide(target)
-        for part in self.stream.parts(target, program):
-            output = Output(self.stream.buffer("output", target.spec.dtype, part.size), target.spec.dtype)
-            broken = self.stream.run(program, part, totals, output, wide=wide)
-            self.stream.check(target, broken.inputs)
-            self._write(target, output.values, broken.output)
-        if program.products:
-            moved, before = totals.products
-            self._moved[target.name] = (float(moved), float(before))
-
-    def _program(self, target: Target) -> Program:
-        site = self.stream.site(target)
-        rounding = self.inputs.rounding == "stochastic" and target.spec.dtype in ("BF16", "F16")
-        if target.kind == "average":
-            return self.stream.program(
-                (site, "average", rounding), lambda: self._wanted(_average(site), site, rounding)
-            )
-        method = self._elementwise(target)
-        if method.measures == "tensor":
-            measured, key = method.measure(TensorExtent(self.stream, [target])), None
-        else:
-            measured = self._measured.get(target.name)
-            key = (site, measured, rounding)
-        return self.stream.program(key, lambda: self._wanted(method.merge(site, measured), site, rounding))
-
-    @staticmethod
-    def _wanted(merged: Array, site: Site, stochastic: bool) -> Wanted:
-        noise = site.random(len(site.sources)) if stochastic else None
-        if site.base is None:
-            return Wanted(merged, noise)
-        change = merged - site.base
-        return Wanted(merged, noise, products=[(change, change), (site.base, site.base)])
-
-    def _merge_whole(self, target: Target) -> None:
-        method = target.resolved.method if target.resolved else None
-        if target.resolved is None or not isinstance(method, (Elementwise, Tensorwise)):
-            raise AssertionError(f"{target.name} is not merged as a whole")
-        merge = method.merge if isinstance(method, Tensorwise) else method.merge_whole
-        rows = _takes(method) == "rows"
-        moved = np.zeros(2)  # squares of what changes, and of what was there
-        for place, models in self._rows(target) if rows else [(0, self._whole(target))]:
-            shape = (-1, *target.spec.shape[1:]) if rows and len(target.spec.shape) > 1 else target.spec.shape
-            shaped = [model.reshape(shape) for model in models]
-            base = shaped.pop() if target.base else None
-            before = models[-1].copy() if target.base else None
-            given = target.resolved
-            whole = Whole(shaped, base, given.weights, given.values, target.layer, target.is_table, self.device)
-            flat = np.ascontiguousarray(merge(whole), dtype=models[0].dtype).reshape(-1)
-            moved += self._write_values(target, flat, before, place)
-        if target.base:
-            self._moved[target.name] = (float(moved[0]), float(moved[1]))
-
-    def _whole(self, target: Target) -> list[np.ndarray[Any, Any]]:
-        kind = np.float64 if is_wide(target) else np.float32
-        models = [np.empty(target.spec.size, kind) for _ in target.inputs]
-        for part in self.stream.parts(target):
-            for model, values in zip(models, self._widened(target, part), strict=True):
-                model[part.place : part.place + part.size] = values
-        return models
-
-    def _rows(self, target: Target) -> Iterator[tuple[int, list[np.ndarray[Any, Any]]]]:
-        kind = np.float64 if is_wide(target) else np.float32
-        for part in self.stream.parts(target, by_rows=True):
-            yield part.place, [values.astype(kind, copy=False) for values in self._widened(target, part)]
-
-    def _widened(self, target: Target, part: kernels.Part) -> Iterator[np.ndarray[Any, Any]]:
-        for index, (raw, dtype) in enumerate(zip(part.inputs, part.dtypes, strict=True)):
-            values = kernels.widened(raw, dtype)
-            self.stream.check(target, [] if np.isfinite(values).all() else [index])
-            yield values.copy() if values is raw else values
-
-    def _write_values(
-        self, target: Target, values: np.ndarray[Any, Any], before: np.ndarray[Any, Any] | None, place: int
-    ) -> np.ndarray[Any, Any]:
-        """Round and write numbers, in the way of a program that gives its input back."""
-        one = Array("INPUT")
-        noise = Array("RANDOM") if self.inputs.rounding == "stochastic" and target.spec.dtype != "F32" else None
-        base = Array("INPUT", index=1)
-        products = [] if before is None else [(one - base, one - base), (base, base)]
-        program = compile_program(Wanted(one, noise, products=products))
-        totals = Totals.of(program)
-        dtype = "F64" if values.dtype == np.float64 else "F32"
-        for start in range(0, len(values), CHUNK):
-            pieces = [one[start : start + CHUNK] for one in (values, before) if one is not None]
-            output = Output(self.stream.buffer("output", target.spec.dtype, len(pieces[0])), target.spec.dtype)
-            part = kernels.Part(pieces, [dtype] * len(pieces), place + start, self.stream.rounding_key(target))
-            broken = kernels.run(program, part, totals, output, wide=is_wide(target))
-            self._write(target, output.values, broken.output or bool(broken.inputs))
-        return totals.products if before is not None else np.zeros(2)
-
-    def _write(self, target: Target, values: np.ndarray[Any, Any], overflow: bool) -> None:
-        if overflow:
-            raise LfmError(
-                f"tensor {target.name!r}: the merge overflows the range of {target.spec.dtype}; "
-                "use --dtype float32, a smaller scale, or smaller weights"
-            )
-        self.writer.append(target.name, raw_bytes(values))
-
-    def _copy(self, target: Target) -> None:
-        """Take a tensor as it is: counters and flags, on which there is no arithmetic, and what is not merged."""
-        origin, *others = [*([target.base] if target.base else []), *target.sources]
-        plain = replace(target, sources=(origin,), base=None)
-        if origin.spec.dtype != target.spec.dtype or self.stream.tokens.moves(plain):
-            one = Array("INPUT")
-            program = compile_program(Wanted(one))
-            for part in self.stream.parts(plain):
-                output = Output(self.stream.buffer("output", target.spec.dtype, part.size), target.spec.dtype)
-                broken = self.stream.run(program, part, Totals.of(program), output, wide=is_wide(plain))
-                self.stream.check(plain, broken.inputs)
-                self._write(target, output.values, broken.output)
-            return
-        differs = any(other.spec.dtype != origin.spec.dtype for other in others)
-        for part in self.stream.parts(replace(target, sources=(origin, *others), base=None)):
-            first, *rest = part.inputs
-            differs |= any(not np.array_equal(first, values) for values in rest)
-            self.writer.append(target.name, raw_bytes(first))
-        if differs and not origin.spec.floating:
-            self.notes.append(
-                f"tensor {target.name!r} ({origin.spec}) differs between the models; "
-                f"taken from {self.stream.ref_of(origin.model)}"
-            )
-
-    def change(self) -> dict[str, float]:
-        """Return |merged - base| / |base| for each part of the model, and for all of it; empty without a base."""
-        sums: dict[str, list[float]] = {}
-        for name, (moved, before) in sorted(self._moved.items()):
-            for group in (group_of(name), "all"):
-                found = sums.setdefault(group, [0.0, 0.0])
-                found[0] += moved
-                found[1] += before
-        return {group: math.sqrt(moved / before) if before else 0.0 for group, (moved, before) in sums.items()}
-
-
-def _average(site: Site) -> Array:
-    """Return the mean of the sources by their weights, or their plain mean where those are no shares."""
-    weights = site.weights if min(site.weights) >= 0 and sum(site.weights) > 0 else (1.0,) * len(site.sources)
-    return total([source * (weight / sum(weights)) for source, weight in zip(site.sources, weights, strict=True)])
 
 
 @contextmanager

@@ -50,6 +50,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._known: dict[Any, Resolved] = {}
+        self._leaves: dict[Any, Any] = {}
         self._plain = not self.inputs.vary and all(isinstance(w, (int, float)) for w in self.inputs.weights or ())
 
     def resolve(
@@ -68,10 +69,26 @@ class Settings:
                 self._known[key] = self._resolved({}, given, place)
             return self._known[key]
         levels = [shared or {}, self.inputs.vary]
+        levels = [{name: self._numbers(name, value) for name, value in level.items()} for level in levels]
+        own = [{name: self._numbers(name, value) for name, value in level.items()} for level in own or ()]
         values: dict[str, tuple[Any, ...]] = {}
         for name in dict.fromkeys(name for level in (*levels, *(own or ())) for name in level):
             values[name] = self._values(name, levels, place, own)
         return self._resolved(values, given, place)
+
+    def _numbers(self, name: str, setting: Any) -> Any:
+        """Return a setting with its plain values as the parameter has them: YAML takes 1e-3 for text."""
+        if isinstance(setting, dict):
+            return {key: self._numbers(name, value) for key, value in setting.items()}
+        if isinstance(setting, (list, tuple)):
+            return [self._numbers(name, value) for value in setting]
+        key = (name, repr(setting))
+        if key not in self._leaves:
+            try:
+                self._leaves[key] = check_one(type(self.method), name, setting)
+            except ValueError:  # told elsewhere
+                self._leaves[key] = setting
+        return self._leaves[key]
 
     def _values(
         self, name: str, levels: Sequence[Mapping[str, Any]], place: Place, own: Sequence[Mapping[str, Any]] | None
@@ -201,11 +218,11 @@ def _lists(setting: Any) -> Iterator[Any]:
             yield from _lists(value)
 
 
-def check_one(model: type[BaseModel], name: str, value: Any) -> None:
-    """Raise ValueError unless `value` can be the parameter `name` by itself."""
+def check_one(model: type[BaseModel], name: str, value: Any) -> Any:
+    """Return `value` as the parameter `name` has it, or raise ValueError where it can be none."""
     info = model.model_fields[name]
     kind: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
     try:
-        TypeAdapter(kind).validate_python(value)
+        return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         raise ValueError(f"{error.errors()[0]['msg']} (got {value!r})") from None
