@@ -272,7 +272,7 @@ def test_weights_and_densities_may_differ_by_model_and_layer(tmp_path):
         ({"density": [0.5, 2.0]}, "density: Input should be less than or equal to 1 (got 2.0)"),
         ({"density": {"per_model": [0.5]}}, "density: per_model takes a list with one value for each of the 2 models"),
         ({"scale": {"per_model": [1.0, 1.0]}}, "scale: cannot differ between models"),
-        ({"weights": [1.0, {"mlp": "x"}]}, "Input should be a number, a list of numbers, or a mapping"),
+        ({"weights": [1.0, {"mlp": "x"}]}, "weights.1: Input should be a valid number (got 'x')"),
         ({"weights": [1.0, []]}, "Input should be a number, a list of numbers, or a mapping"),
         ({"vary": {"densty": [1]}}, "densty: Ties has no such parameter"),
     ],

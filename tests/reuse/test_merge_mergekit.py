@@ -9,6 +9,7 @@ import yaml
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from tests.golden.mergekit import golden, inputs
+from tests.tokens import CHAT, EMBEDDING, TALE, member
 
 from lfm.cli import main
 
@@ -275,6 +276,38 @@ def test_modules_are_merged_one_by_one(lfm, tmp_path):
     tower, projector = [*PARTS][3:]
     agree(tensors(tmp_path / "out" / "merged"), expected | {tower: (a[tower] + c[tower]) / 2, projector: a[projector]})
     assert f"modules not named here are those of {tmp_path / 'a'}; mergekit leaves them out" in err
+
+
+TOKENS = """
+merge_method: linear
+models: [{{model: {0}/base}}, {{model: {0}/chat}}]
+parameters: {{weight: 1}}
+tokenizer: {{source: union, tokens: {{<new>: {{source: {{kind: model_token, model: {0}/base, token_id: 3}}}}}}}}
+chat_template: chatml
+"""
+
+
+def test_tokens_are_joined_and_ruled_as_the_file_says(lfm, tmp_path):
+    generator = np.random.default_rng(0)
+    rows = {}
+    for name, tokenizer in {"base": TALE, "chat": CHAT}.items():
+        size = tokenizer.get_vocab_size()
+        member(tmp_path, name, tokenizer, config__json={"vocab_size": size})
+        rows[name] = generator.standard_normal((size, 4)).astype("f4")
+        content = {EMBEDDING: rows[name], "model.norm.weight": np.ones(4, "f4")}
+        save_file(content, tmp_path / name / "model.safetensors")
+    code, _, err = lfm(TOKENS.format(tmp_path), "merge", "--config", "their.yaml", "-o", tmp_path / "out", "-q")
+    assert code == 0, err
+    found = tensors(tmp_path / "out")[EMBEDDING]
+    ids = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"]
+    ids = {entry["content"]: entry["id"] for entry in ids}
+    number = TALE.get_vocab_size()
+    np.testing.assert_allclose(found[:number], (rows["base"] + rows["chat"][:number]) / 2, atol=1e-6)
+    for token in ("<|im_start|>", "<|im_end|>"):
+        np.testing.assert_array_equal(found[ids[token]], rows["chat"][CHAT.token_to_id(token)])
+    np.testing.assert_allclose(found[ids["<new>"]], rows["base"][3], atol=1e-6)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == len(found)
+    assert "<|im_start|>" in (tmp_path / "out" / "chat_template.jinja").read_text()
 
 
 # --- in recipes

@@ -1,5 +1,9 @@
 """What configurations of mergekit mean, and what is wrong with them: read, not run."""
 
+import re
+from pathlib import Path
+
+import jsonschema
 import numpy as np
 import pytest
 import yaml
@@ -8,6 +12,8 @@ from hypothesis import strategies as st
 
 from lfm.api import from_config
 from lfm.errors import RequestError
+from lfm.recipe._yaml import parse_yaml
+from lfm.recipe.schema import check_recipe, json_schema
 from lfm.reuse.merge._mergekit_methods import ALL_PARAMETERS, METHODS
 from lfm.reuse.merge._settings import Place, Settings
 
@@ -273,6 +279,28 @@ parameters: {int8_mask: true, normalize: false}
         "their.yaml:4: parameters.int8_mask: model_stock has no such parameter, so it has no effect",
         "their.yaml:3: models.2.parameters: model_stock looks at none of this for the base",
     ]
+
+
+# --- in recipes
+
+
+def test_the_step_of_the_guide_is_right(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("their.yaml").write_text("{merge_method: karcher, models: [{model: x/a}, {model: x/b}]}")
+    page = (Path(__file__).parents[2] / "docs" / "mergekit.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    recipe = parse_yaml(f"lfm: 1\n{block}", "page")
+    assert [step.card.name for step in check_recipe(recipe).steps.values()] == ["karcher"]
+    jsonschema.validate(recipe.value, json_schema())
+
+
+def test_several_steps_of_a_file_have_names_of_their_own_in_a_recipe(tmp_path):
+    (tmp_path / "their.yaml").write_text(MULTI)
+    steps = {"one": {"merge": "linear", "models": ["x/a"]}, "two": {"merge": f"{tmp_path / 'their.yaml'}"}}
+    recipe = yaml.safe_dump({"lfm": 1, "steps": {"two": steps["two"]}})
+    assert list(check_recipe(parse_yaml(recipe, "recipe.yaml")).steps) == ["one", "two"]
+    with pytest.raises(RequestError, match=r"recipe\.yaml:4: steps\.two: makes 'one', as another step does"):
+        check_recipe(parse_yaml(yaml.safe_dump({"lfm": 1, "steps": steps}, default_flow_style=None), "recipe.yaml"))
 
 
 # --- whatever the file holds

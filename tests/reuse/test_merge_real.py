@@ -36,7 +36,7 @@ def language(assets, benchmark_module, tmp_path_factory):
 @pytest.fixture(scope="module")
 def vision(assets, benchmark_module, tmp_path_factory):
     """The vision family, with fine-tunes of a few steps on the two tasks that are new to its base."""
-    sizes = {"steps": 40, "batch_size": 32, "probe": 800, "test": 150, "unlabelled": 128}
+    sizes = {"steps": 40, "batch_size": 32, "probe": 400, "test": 200, "unlabelled": 128}
     family = benchmark_module("_vision").Vision(assets, tmp_path_factory.mktemp("vision"), **sizes)
     for task in ("MNIST", "Fashion"):
         family.make(task)
@@ -70,16 +70,16 @@ def test_what_is_measured_is_what_lfm_measures(language):
     assert np.exp(whole.sums.sum() / whole.counts.sum()) == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["linear", "ties"])
-def test_a_merge_of_backbones_is_better_than_the_base_on_tasks_that_are_new_to_it(vision, tmp_path, name):
+@pytest.mark.parametrize(("name", "settings"), [("task_arithmetic", {"scale": 0.7}), ("ties", {"density": 0.5})])
+def test_a_merge_of_backbones_is_better_than_the_base_on_tasks_that_are_new_to_it(vision, tmp_path, name, settings):
     tasks = ("MNIST", "Fashion")
     as_is, recomputed = vision.variants
 
     def right(weights: Path, variant: str) -> float:
         return float(np.mean([vision.recall(weights, task, "test", variant).sums for task in tasks]))
 
-    merged = merge(vision, tasks, tmp_path / "merged", name)
-    assert right(merged, recomputed) > right(vision.base, as_is)  # which is a linear probe
+    merged = merge(vision, tasks, tmp_path / "merged", name, **settings)
+    assert right(merged, recomputed) > right(vision.base, as_is) + 0.02  # which is a linear probe
 
 
 def test_measurements_are_recalled_for_equal_weights_alone(language):

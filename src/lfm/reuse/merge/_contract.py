@@ -46,7 +46,7 @@ def _weight(value: Any) -> Any:
             value = float(value)
         except ValueError:
             raise ValueError(f"Input should be a valid number (got {value!r})") from None
-    return _setting(float(value) if isinstance(value, bool) else value)
+    return _setting(float(value) if isinstance(value, int) else value)
 
 
 _SHAPES = WithJsonSchema({"anyOf": [{"type": kind} for kind in ("number", "string", "boolean", "array", "object")]})

@@ -170,7 +170,7 @@ def _device_problems(device: str) -> list[str]:
 def _memory(method: Merge, layout: Layout, context: Context) -> tuple[int, list[str]]:
     """Return the bytes that a merge holds at most, and whether that is more than it may."""
     threads, budget = context.settings.threads, context.settings.memory
-    resident = RESIDENT + (TORCH if "torch" in sys.modules else 0)
+    resident = _resident(method)
     largest = _largest(method, layout, CHUNK)
     if budget is None and takes(method) == "tensors":
         return resident + max(largest, min(threads * largest, WHOLE)), []
@@ -181,6 +181,10 @@ def _memory(method: Merge, layout: Layout, context: Context) -> tuple[int, list[
         need = f"{math.ceil(smallest / 1e6)}MB"
         return smallest, [f"--memory: {type(method).__name__} needs {need} at least for the largest tensor"]
     return min(budget, resident + threads * largest), []
+
+
+def _resident(method: Merge) -> int:
+    return RESIDENT + (TORCH if hasattr(sys.modules[type(method).__module__], "torch") else 0)
 
 
 def _largest(method: Merge, layout: Layout, chunk: int) -> int:
@@ -274,7 +278,7 @@ def _shares(method: Merge, layout: Layout, context: Context) -> tuple[int, int]:
     if budget is None:
         return threads, chunk
 
-    resident = RESIDENT + (TORCH if "torch" in sys.modules else 0)
+    resident = _resident(method)
     while chunk > SMALLEST and resident + threads * _largest(method, layout, chunk) > budget:
         chunk //= 2
     while threads > 1 and resident + threads * _largest(method, layout, chunk) > budget:
