@@ -7,9 +7,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from lfm.errors import RequestError
-from lfm.reuse.merge._tables import Tables, aligned, mean_rows
-from lfm.reuse.merge._tokenizer import Tokenizer as Policy
-from lfm.reuse.merge._vocabulary import Member, align
+from lfm.reuse.merge._tokens.policy import Tokenizer as Policy
+from lfm.reuse.merge._tokens.tables import Tables, aligned, mean_rows
+from lfm.reuse.merge._tokens.vocabulary import Member, align
 
 TALES = [
     "Once upon a time there was a little girl who had a little red ball.",

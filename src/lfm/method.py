@@ -235,7 +235,7 @@ def _own_files() -> Iterator[tuple[str, Path]]:
     for verb in verbs().values():
         folder = root.joinpath(*verb.package.split(".")[1:])
         for path in sorted(folder.rglob("*.py")):
-            if not path.name.startswith("_"):
+            if not any(part.startswith("_") for part in path.relative_to(folder).parts):  # what is private is no method
                 yield ".".join(("lfm", *path.relative_to(root).with_suffix("").parts)), path
 
 

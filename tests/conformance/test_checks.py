@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array
+from lfm.reuse.merge._machine.array import Array
 from lfm.reuse.merge._contract import Elementwise, Site
 
 

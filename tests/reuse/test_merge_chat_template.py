@@ -8,7 +8,7 @@ from jinja2 import Environment
 from tests.tokens import CHAT, TALE, aligned_by, member
 
 from lfm.errors import RequestError
-from lfm.reuse.merge._chat_template import ALPACA, CHATML, chat_template_files
+from lfm.reuse.merge._tokens.chat_template import ALPACA, CHATML, chat_template_files
 
 ONE, TWO = "{{ messages[0].content }}", "{% for message in messages %}{{ message.content }}{% endfor %}"
 TALK = [

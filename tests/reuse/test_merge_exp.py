@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from lfm.reuse.merge import _kernels as kernels
-from lfm.reuse.merge._array import Array, exp, tanh
-from lfm.reuse.merge._program import Wanted, compile_program
-from lfm.reuse.merge._torch import runner
+from lfm.reuse.merge._machine import kernels as kernels
+from lfm.reuse.merge._machine.array import Array, exp, tanh
+from lfm.reuse.merge._machine.devices import runner
+from lfm.reuse.merge._machine.program import Wanted, compile_program
 
 X = Array("INPUT")
 DTYPES = {"F32": np.float32, "F64": np.float64}

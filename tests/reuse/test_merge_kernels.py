@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm.reuse.merge import _kernels as kernels
-from lfm.reuse.merge._array import Array, equal, maximum, minimum, sign, sqrt, total, where
-from lfm.reuse.merge._program import OPS, Wanted, compile_program
-from lfm.reuse.merge._torch import runner
-from lfm.reuse.merge._torch import uniform as torch_uniform
+from lfm.reuse.merge._machine import kernels as kernels
+from lfm.reuse.merge._machine.array import Array, equal, maximum, minimum, sign, sqrt, total, where
+from lfm.reuse.merge._machine.devices import runner
+from lfm.reuse.merge._machine.devices import uniform as torch_uniform
+from lfm.reuse.merge._machine.program import OPS, Wanted, compile_program
 
 A, B, C = (Array("INPUT", index=index) for index in range(3))
 KEYS = (0x0123456789ABCDEF, 0xFEDCBA9876543210)

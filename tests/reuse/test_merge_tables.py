@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tokens import output, reader, table
 
-from lfm.reuse.merge._tables import Tables, aligned, mean_rows, read_rows, vocabulary_tables
-from lfm.reuse.merge._vocabulary import Alignment, Member
+from lfm.reuse.merge._tokens.tables import Tables, aligned, mean_rows, read_rows, vocabulary_tables
+from lfm.reuse.merge._tokens.vocabulary import Alignment, Member
 
 # --- which tensors ---------------------------------------------------------------------------------------------------
 

@@ -384,7 +384,5 @@ def test_transformers_loads_what_is_written(tmp_path):
 
 
 def test_nothing_heavy_is_imported():
-    code = (
-        "import sys, lfm.reuse.merge._chat_template; print({'torch', 'transformers', 'tokenizers'} & set(sys.modules))"
-    )
+    code = "import sys, lfm.reuse.merge._tokens.chat_template; print({'torch', 'transformers', 'tokenizers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

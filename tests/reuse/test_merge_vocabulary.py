@@ -16,9 +16,9 @@ from tests.tokens import (
     written,
 )
 
-from lfm.reuse.merge._tables import Tables
-from lfm.reuse.merge._tokenizer import Tokenizer
-from lfm.reuse.merge._vocabulary import Member
+from lfm.reuse.merge._tokens.policy import Tokenizer
+from lfm.reuse.merge._tokens.tables import Tables
+from lfm.reuse.merge._tokens.vocabulary import Member
 
 HINT = "say whose tokens the output has: `tokenizer: base`, `union` or one of the models"
 

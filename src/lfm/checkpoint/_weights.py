@@ -22,10 +22,25 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1 << 20
 RAW = {  # numpy's names for the bytes of safetensors' dtypes; where it has none, integers as wide
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
-    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "uint16", "F32": "float32", "F64": "float64",
-    "C64": "complex64", "F8_E4M3": "uint8", "F8_E5M2": "uint8", "F8_E8M0": "uint8",
-    "F8_E4M3FNUZ": "uint8", "F8_E5M2FNUZ": "uint8",
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "uint16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E4M3": "uint8",
+    "F8_E5M2": "uint8",
+    "F8_E8M0": "uint8",
+    "F8_E4M3FNUZ": "uint8",
+    "F8_E5M2FNUZ": "uint8",
 }
 
 

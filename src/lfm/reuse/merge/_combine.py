@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from lfm.errors import LfmError
-from lfm.reuse.merge._array import Array, total
 from lfm.reuse.merge._contract import Extent, Site
+from lfm.reuse.merge._machine.array import Array, total
 
 Values = np.ndarray[Any, Any]
 Products = tuple[tuple[float, ...], ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from lfm.reuse.merge._array import Array, array, maximum, sign, total, where
+from lfm.reuse.merge._machine.array import Array, array, maximum, sign, total, where
 
 Rules = Literal["paper", "mergekit"]
 

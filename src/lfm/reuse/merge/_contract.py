@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchem
 
 from lfm import method
 from lfm.models.ref import ModelRef
-from lfm.reuse.merge._array import Array
+from lfm.reuse.merge._machine.array import Array
 
 if TYPE_CHECKING:
     import numpy as np

@@ -21,12 +21,12 @@ from lfm.method import number_of_models
 from lfm.models.ref import ModelRef
 from lfm.progress import Progress
 from lfm.recipe.step import Context, Outline, StepPlan, StepResult
-from lfm.reuse.merge._aligned import Tokens, read_tokens, tokenizer_policy
 from lfm.reuse.merge._check import changed, config_problems
 from lfm.reuse.merge._contract import Elementwise, Inputs, Merge
 from lfm.reuse.merge._layout import Layout, Target, codes, first_few, lay_out
 from lfm.reuse.merge._settings import setting_problems
 from lfm.reuse.merge._stream import CHUNK, Keys, Stream
+from lfm.reuse.merge._tokens.aligned import Tokens, read_tokens, tokenizer_policy
 from lfm.reuse.merge._work import Room, Work, held_by, takes
 
 SAYS_NOTHING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}  # about the function
@@ -233,7 +233,7 @@ def run(method: Merge, inputs: Inputs, context: Context, folder: OutputFolder) -
     if _measures_tensors(method) and context.settings.memory is None:
         stream.keep = KEEP
     if context.settings.device != "cpu":
-        from lfm.reuse.merge._torch import runner
+        from lfm.reuse.merge._machine.devices import runner
 
         stream.run = runner(context.settings.device)
     room = Room(max((context.settings.memory or 0) - RESIDENT, WHOLE))

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from lfm.reuse.merge._array import Array
 from lfm.reuse.merge._contract import Site
-from lfm.reuse.merge._kernels import HALF, Output, Totals
 from lfm.reuse.merge._layout import Target
-from lfm.reuse.merge._program import Wanted, compile_program
+from lfm.reuse.merge._machine.array import Array
+from lfm.reuse.merge._machine.kernels import HALF, Output, Totals
+from lfm.reuse.merge._machine.program import Wanted, compile_program
 from lfm.reuse.merge._stream import Stream
 
 Values = np.ndarray[Any, Any]

@@ -19,13 +19,13 @@ import numpy as np
 from lfm.checkpoint import RAW, Checkpoint, raw_bytes
 from lfm.errors import LfmError
 from lfm.models.ref import ModelRef
-from lfm.reuse.merge import _kernels as kernels
-from lfm.reuse.merge._aligned import Tokens
-from lfm.reuse.merge._array import Array
 from lfm.reuse.merge._contract import Site
-from lfm.reuse.merge._kernels import Output, Part, Totals
 from lfm.reuse.merge._layout import Origin, Target
-from lfm.reuse.merge._program import Program, Wanted, compile_program
+from lfm.reuse.merge._machine import kernels as kernels
+from lfm.reuse.merge._machine.array import Array
+from lfm.reuse.merge._machine.kernels import Output, Part, Totals
+from lfm.reuse.merge._machine.program import Program, Wanted, compile_program
+from lfm.reuse.merge._tokens.aligned import Tokens
 
 CHUNK = 1 << 18  # elements; what a thread holds of them in every model stays in a core's share of the caches
 BLOCKS = 4  # samples of a tensor that go into the name of a model

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lfm.reuse.merge._array import Array, array, where
 from lfm.reuse.merge._contract import Extent, Site
+from lfm.reuse.merge._machine.array import Array, array, where
 
 Band = tuple[float, float, float]  # the smallest and the largest size that is kept, and a factor on what is kept
 

@@ -15,13 +15,13 @@ import numpy as np
 from lfm.checkpoint import RAW, TensorWriter, raw_bytes
 from lfm.errors import LfmError
 from lfm.evaluate.change import group_of
-from lfm.reuse.merge import _kernels as kernels
-from lfm.reuse.merge._array import Array, total
 from lfm.reuse.merge._contract import Elementwise, Inputs, Merge, Site, Tensorwise, Whole
 from lfm.reuse.merge._extent import TensorExtent
-from lfm.reuse.merge._kernels import Output, Totals
 from lfm.reuse.merge._layout import Layout, Target
-from lfm.reuse.merge._program import Program, Wanted, compile_program
+from lfm.reuse.merge._machine import kernels as kernels
+from lfm.reuse.merge._machine.array import Array, total
+from lfm.reuse.merge._machine.kernels import Output, Totals
+from lfm.reuse.merge._machine.program import Program, Wanted, compile_program
 from lfm.reuse.merge._stream import CHUNK, UNIT, Stream, is_wide, row_length
 
 

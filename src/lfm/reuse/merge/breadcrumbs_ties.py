@@ -16,9 +16,9 @@ from typing import Literal
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array
 from lfm.reuse.merge._consensus import elect_and_average
 from lfm.reuse.merge._contract import Elementwise, Extent, Scope, Site
+from lfm.reuse.merge._machine.array import Array
 from lfm.reuse.merge._trim import Band, middle_bands, within
 
 

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array, total, where
 from lfm.reuse.merge._combine import combine
 from lfm.reuse.merge._contract import Elementwise, Site
+from lfm.reuse.merge._machine.array import Array, total, where
 from lfm.reuse.merge._task import task_objections
 
 

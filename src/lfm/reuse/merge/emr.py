@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array, array, maximum, sign, total, where
 from lfm.reuse.merge._contract import Elementwise, Extent, Scope, Site
+from lfm.reuse.merge._machine.array import Array, array, maximum, sign, total, where
 from lfm.reuse.merge._task import task_objections
 
 

@@ -22,9 +22,9 @@ import numpy as np
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array
 from lfm.reuse.merge._combine import Products, combine, cosines, inner_products, shares, unshareable
 from lfm.reuse.merge._contract import Elementwise, Extent, Scope, Site
+from lfm.reuse.merge._machine.array import Array
 
 Values = np.ndarray[Any, Any]
 

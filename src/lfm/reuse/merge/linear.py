@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array
 from lfm.reuse.merge._combine import combine, shares, unshareable
 from lfm.reuse.merge._contract import Elementwise, Site
+from lfm.reuse.merge._machine.array import Array
 
 
 class Linear(Elementwise):

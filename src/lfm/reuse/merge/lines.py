@@ -13,9 +13,9 @@ data; for one fine-tune, whose base is not to be forgotten, they take beta = 1 -
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array
 from lfm.reuse.merge._combine import combine
 from lfm.reuse.merge._contract import Elementwise, Site
+from lfm.reuse.merge._machine.array import Array
 
 
 class Lines(Elementwise):

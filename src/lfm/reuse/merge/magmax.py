@@ -10,8 +10,8 @@ changes are equally large, the one of the earlier model in the list is taken.
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array, where
 from lfm.reuse.merge._contract import Elementwise, Site
+from lfm.reuse.merge._machine.array import Array, where
 
 
 class Magmax(Elementwise):

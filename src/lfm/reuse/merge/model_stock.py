@@ -23,9 +23,9 @@ import numpy as np
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array, total
 from lfm.reuse.merge._combine import Products, inner_products
 from lfm.reuse.merge._contract import Elementwise, Extent, Scope, Site, Whole
+from lfm.reuse.merge._machine.array import Array, total
 from lfm.reuse.merge._rows import combine_rows, move
 
 Values = np.ndarray[Any, Any]

@@ -11,8 +11,8 @@ mergekit divides by 1e-6 at least, so with t < 1e-6 it moves even less where the
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array, sign, where
 from lfm.reuse.merge._contract import Elementwise, Site
+from lfm.reuse.merge._machine.array import Array, sign, where
 
 
 class Nearswap(Elementwise):

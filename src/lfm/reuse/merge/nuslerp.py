@@ -21,9 +21,9 @@ import numpy as np
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array
 from lfm.reuse.merge._combine import Products, arc, combine, cosines, inner_products, placed, points
 from lfm.reuse.merge._contract import Elementwise, Extent, Scope, Site, Whole
+from lfm.reuse.merge._machine.array import Array
 from lfm.reuse.merge._rows import combine_columns, combine_rows, move
 
 

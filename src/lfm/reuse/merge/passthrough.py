@@ -10,8 +10,8 @@ projections that write into the residual stream switches a layer off.
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array
 from lfm.reuse.merge._contract import Elementwise, Site
+from lfm.reuse.merge._machine.array import Array
 
 
 class Passthrough(Elementwise):

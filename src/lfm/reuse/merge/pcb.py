@@ -19,8 +19,8 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array, exp, maximum, minimum, sign, tanh, total
 from lfm.reuse.merge._contract import Elementwise, Extent, Scope, Site
+from lfm.reuse.merge._machine.array import Array, exp, maximum, minimum, sign, tanh, total
 
 
 class Range(NamedTuple):

@@ -10,8 +10,8 @@ all models would dilute what only one of them has learned. A change of epsilon o
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array, maximum, total, where
 from lfm.reuse.merge._contract import Elementwise, Site
+from lfm.reuse.merge._machine.array import Array, maximum, total, where
 
 
 class Ram(Elementwise):

@@ -15,8 +15,8 @@ from typing import Literal
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array, array, equal, total, where
 from lfm.reuse.merge._contract import Elementwise, Extent, Scope, Site
+from lfm.reuse.merge._machine.array import Array, array, equal, total, where
 
 
 class Ramplus(Elementwise):

@@ -20,9 +20,9 @@ from typing import Literal
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array, array, sign, total, where
 from lfm.reuse.merge._consensus import average_agreeing, elect
 from lfm.reuse.merge._contract import Elementwise, Extent, Scope, Site
+from lfm.reuse.merge._machine.array import Array, array, sign, total, where
 from lfm.reuse.merge._trim import from_size
 
 TINY = 1e-6  # of mergekit

@@ -16,9 +16,9 @@ import numpy as np
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array
 from lfm.reuse.merge._combine import Products, arc, combine, cosines, inner_products
 from lfm.reuse.merge._contract import Elementwise, Extent, Scope, Site
+from lfm.reuse.merge._machine.array import Array
 
 
 class Slerp(Elementwise):

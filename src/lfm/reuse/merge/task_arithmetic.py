@@ -10,9 +10,9 @@ by nothing.
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array
 from lfm.reuse.merge._combine import combine
 from lfm.reuse.merge._contract import Elementwise, Site
+from lfm.reuse.merge._machine.array import Array
 
 
 class TaskArithmetic(Elementwise):

@@ -10,8 +10,8 @@ like weights.
 from pydantic import Field
 
 from lfm.method import Needs
-from lfm.reuse.merge._array import Array
 from lfm.reuse.merge._contract import Elementwise, Site
+from lfm.reuse.merge._machine.array import Array
 
 
 class WiseFt(Elementwise):

@@ -1,6 +1,6 @@
-/* Runs the programs of _program.py, a tile at a time, so that everything but inputs and outputs stays in the first cache.
+/* Runs the programs of program.py, a tile at a time, so that everything but inputs and outputs stays in the first cache.
  *
- * _kernels.py compiles this when it is first needed, and has a twin of every function in numpy that gives the same bits:
+ * kernels.py compiles this when it is first needed, and has a twin of every function in numpy that gives the same bits:
  * no fused multiply-add, sums in a fixed number of lanes. OP_* come from there. REAL is float or double.
  */
 #include <math.h>

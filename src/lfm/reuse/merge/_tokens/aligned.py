@@ -1,6 +1,6 @@
 """Models whose tokenizers differ, as if they did not: their embeddings and output layers in the order of the output's.
 
-The rows of such tables are read by the text of their tokens (`_vocabulary` says which, `_tables` reads them), so that
+The rows of such tables are read by the text of their tokens (`vocabulary` says which, `tables` reads them), so that
 everything after it sees tensors of equal shapes.
 """
 
@@ -18,14 +18,14 @@ from lfm.checkpoint import Checkpoint, OutputFolder, Spec
 from lfm.errors import RequestError
 from lfm.models.ref import ModelRef
 from lfm.recipe.step import Outline
-from lfm.reuse.merge._chat_template import chat_template_files
 from lfm.reuse.merge._contract import Inputs
-from lfm.reuse.merge._kernels import widened
 from lfm.reuse.merge._layout import Target
-from lfm.reuse.merge._tables import Tables, aligned, mean_rows, vocabulary_tables
-from lfm.reuse.merge._tokenizer import Tokenizer
-from lfm.reuse.merge._tokenizer_files import Files
-from lfm.reuse.merge._vocabulary import Alignment, Member, align
+from lfm.reuse.merge._machine.kernels import widened
+from lfm.reuse.merge._tokens.chat_template import chat_template_files
+from lfm.reuse.merge._tokens.files import Files
+from lfm.reuse.merge._tokens.policy import Tokenizer
+from lfm.reuse.merge._tokens.tables import Tables, aligned, mean_rows, vocabulary_tables
+from lfm.reuse.merge._tokens.vocabulary import Alignment, Member, align
 
 Values = np.ndarray[Any, Any]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lfm.checkpoint import read_json
 from lfm.errors import RequestError
-from lfm.reuse.merge._lexicon import FLAGS, Lexicon, difference, merges, numbered, tokenizer_files
+from lfm.reuse.merge._tokens.lexicon import FLAGS, Lexicon, difference, merges, numbered, tokenizer_files
 
 STALE = ("vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")  # what says the same as tokenizer.json
 GENERATION = "generation_config.json"

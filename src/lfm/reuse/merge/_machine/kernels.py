@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lfm.checkpoint import cache_folder
-from lfm.reuse.merge._program import OPS, Program
+from lfm.reuse.merge._machine.program import OPS, Program
 
 Values = np.ndarray[Any, Any]
 TILE = 1024
@@ -96,9 +97,17 @@ def run(program: Program, part: Part, totals: Totals, output: Output | None = No
 # --- compiled
 
 
-@cache
 def native(wide: bool) -> ctypes.CDLL | None:
     """Return the compiled kernels, or None where they cannot be compiled here."""
+    with _compiling:  # threads ask at the same time, and one is to compile
+        return _native(wide)
+
+
+_compiling = threading.Lock()
+
+
+@cache
+def _native(wide: bool) -> ctypes.CDLL | None:
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     if compiler is None or os.environ.get("LFM_KERNELS") == "numpy":
         return None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from lfm.reuse.merge._vocabulary import Alignment
+    from lfm.reuse.merge._tokens.vocabulary import Alignment
 
 CHUNK = 1 << 20  # elements that are summed at a time
 DType = type[np.generic] | np.dtype[Any]

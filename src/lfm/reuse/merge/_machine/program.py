@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lfm.reuse.merge._array import Array
+from lfm.reuse.merge._machine.array import Array
 
 OPS = (
     *("INPUT", "RANDOM", "ADD", "SUB", "MUL", "DIV", "ABS", "SQRT", "SIGN", "MIN", "MAX", "LT", "LE", "EQ", "WHERE"),

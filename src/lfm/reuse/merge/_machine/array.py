@@ -1,7 +1,7 @@
 """Arithmetic on the elements of tensors, written down first and run later.
 
 `a + b` of two arrays is an array that knows how it is made. The engine turns what a method returns into a program of
-small steps and runs it over all elements of a tensor in one go (see `_program`, `_kernels`), so a method reads like its
+small steps and runs it over all elements of a tensor in one go (see `program`, `kernels`), so a method reads like its
 formula and memory is passed over once. Numbers stand for arrays of equal elements.
 """
 

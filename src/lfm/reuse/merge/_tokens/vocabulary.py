@@ -33,7 +33,8 @@ from typing import Any
 import numpy as np
 
 from lfm.errors import RequestError, did_you_mean, plural
-from lfm.reuse.merge._lexicon import (
+from lfm.reuse.merge._tokens.files import Addition, Files, config_changes, generation_file, output_files
+from lfm.reuse.merge._tokens.lexicon import (
     Lexicon,
     cores,
     difference,
@@ -43,9 +44,8 @@ from lfm.reuse.merge._lexicon import (
     read_lexicon,
     unreadable_alike,
 )
-from lfm.reuse.merge._tables import Array, Tables
-from lfm.reuse.merge._tokenizer import SOURCES, Mean, ModelToken, Tokenizer
-from lfm.reuse.merge._tokenizer_files import Addition, Files, config_changes, generation_file, output_files
+from lfm.reuse.merge._tokens.policy import SOURCES, Mean, ModelToken, Tokenizer
+from lfm.reuse.merge._tokens.tables import Array, Tables
 
 CONVERT = "AutoTokenizer.from_pretrained({!r}, use_fast=True).save_pretrained(<its folder>)"
 Candidate = tuple[str, Lexicon | None, Mapping[str, Any] | None]  # text, whose ordinary token it is, or its flags
@@ -72,7 +72,7 @@ class Alignment:
 
     `rows[i][k]` is the row of model i that becomes row k, -1 where it has none. What it takes there is the mean of its
     own rows where `means[k]`, else the mean of the rows `donors[j][k]` of those models j that have one (not -1), else
-    zeros; `_tables.aligned` does that. `files` are written over those of the first model: content, a file to copy, or
+    zeros; `tables.aligned` does that. `files` are written over those of the first model: content, a file to copy, or
     None for one to leave out. `config` is what changes in the first model's config.
     """
 

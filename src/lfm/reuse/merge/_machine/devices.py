@@ -1,4 +1,4 @@
-"""Runs programs on a device that torch knows, such as a GPU: the same steps as in `_kernels`, and the same numbers.
+"""Runs programs on a device that torch knows, such as a GPU: the same steps as in `kernels`, and the same numbers.
 
 Each worker thread has a stream of its own, so that while one thread's elements are copied another's are computed.
 Only sums over all elements may differ from those of a CPU, in their last bits.
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lfm.reuse.merge._kernels import HALF, LN_2, LOG2_E, ROUNDER, TERMS, Broken, Output, Part, Totals
-from lfm.reuse.merge._program import OPS, Program
+from lfm.reuse.merge._machine.kernels import HALF, LN_2, LOG2_E, ROUNDER, TERMS, Broken, Output, Part, Totals
+from lfm.reuse.merge._machine.program import OPS, Program
 
 Values = torch.Tensor
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -23,7 +23,7 @@ Run = Callable[..., Broken]
 
 
 def runner(device: str) -> Run:
-    """Return what runs programs on a device, in the place of `_kernels.run`."""
+    """Return what runs programs on a device, in the place of `kernels.run`."""
     local = threading.local()
 
     def run(
@@ -111,7 +111,7 @@ class _Machine:
 
 
 def _split_power(x: Values) -> tuple[Values, Values]:
-    """Return 2^k and e^r - 1, where x = k ln 2 + r, in float64: see the C source of `_kernels`."""
+    """Return 2^k and e^r - 1, where x = k ln 2 + r, in float64: see the C source of `kernels`."""
     shifted = x * LOG2_E + ROUNDER
     k = shifted - ROUNDER
     r = (x - k * LN_2[0]) - k * LN_2[1]
@@ -153,7 +153,7 @@ _ARITHMETIC: dict[str, Any] = {
 
 
 def _up(values: Values, noise: Any, dtype: str) -> Values:
-    """Round up with the probability of what is cut off: see `_kernels.narrowed`."""
+    """Round up with the probability of what is cut off: see `kernels.narrowed`."""
     single = values.float()
     if dtype == "BF16":
         bits = single.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
@@ -166,7 +166,7 @@ def _up(values: Values, noise: Any, dtype: str) -> Values:
 
 
 def uniform(key: int, place: int, count: int, device: str) -> Values:
-    """Return the same numbers as `_kernels.uniform`."""
+    """Return the same numbers as `kernels.uniform`."""
     blocks = torch.arange(place // 4, -(-(place + count) // 4), dtype=torch.int64, device=device)
     mask = 0xFFFFFFFF
     x = [blocks & mask, blocks >> 32, torch.zeros_like(blocks), torch.zeros_like(blocks)]

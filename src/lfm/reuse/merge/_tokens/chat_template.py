@@ -10,8 +10,8 @@ from typing import Any
 
 from lfm.checkpoint import read_json
 from lfm.errors import RequestError, did_you_mean
-from lfm.reuse.merge._tokenizer_files import Files, as_json
-from lfm.reuse.merge._vocabulary import Alignment, Member
+from lfm.reuse.merge._tokens.files import Files, as_json
+from lfm.reuse.merge._tokens.vocabulary import Alignment, Member
 
 CONFIG, TEMPLATE, OLD_TEMPLATE = "tokenizer_config.json", "chat_template.jinja", "chat_template.json"
 

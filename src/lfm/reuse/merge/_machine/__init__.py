@@ -1,0 +1,1 @@
+"""The machine that merges run on: arithmetic written down as arrays, turned into programs, run over chunks."""

@@ -1,0 +1,1 @@
+"""Models whose tokenizers differ: whose tokens the result has, and which rows of which model they are."""
