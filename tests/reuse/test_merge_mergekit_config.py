@@ -14,7 +14,7 @@ from lfm.api import from_config
 from lfm.errors import RequestError
 from lfm.recipe._yaml import parse_yaml
 from lfm.recipe.schema import check_recipe, json_schema
-from lfm.reuse.merge._mergekit_methods import ALL_PARAMETERS, METHODS
+from lfm.reuse.merge._mergekit.methods import ALL_PARAMETERS, METHODS
 from lfm.reuse.merge._settings import Place, Settings
 
 

@@ -1,6 +1,6 @@
 """Reads configurations of mergekit 0.1.5, and of mergekit-multi, as steps of a recipe.
 
-What this file holds is their shape: keys, models, documents. What they mean is in `_mergekit_steps`.
+What this file holds is their shape: keys, models, documents. What they mean is in `steps`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lfm.errors import RequestError, did_you_mean
 from lfm.recipe._yaml import Located, read_documents
 from lfm.recipe.foreign import ForeignStep
 from lfm.recipe.schema import validate
-from lfm.reuse.merge._mergekit_methods import METHODS
+from lfm.reuse.merge._mergekit.methods import METHODS
 
 Place = tuple[str | int, ...]
 UNKNOWN = "?"  # stands for a model that is not named rightly
@@ -95,7 +95,7 @@ def read(path: Path, name: str) -> list[ForeignStep]:
 
     Raises RequestError with everything that is wrong in it or cannot be done, each with its line.
     """
-    from lfm.reuse.merge._mergekit_steps import translate
+    from lfm.reuse.merge._mergekit.steps import translate
 
     documents = read_documents(path)
     if not documents:

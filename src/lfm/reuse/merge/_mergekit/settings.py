@@ -13,7 +13,7 @@ from typing import Any
 
 from lfm.errors import did_you_mean
 from lfm.recipe._yaml import Located
-from lfm.reuse.merge._mergekit_methods import ALL_PARAMETERS, Known, Parameter, as_kind
+from lfm.reuse.merge._mergekit.methods import ALL_PARAMETERS, Known, Parameter, as_kind
 from lfm.reuse.merge._settings import ANY, PER_MODEL, leaves
 
 Place = tuple[str | int, ...]

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lfm.errors import did_you_mean
-from lfm.reuse.merge._mergekit import Document, Models
-from lfm.reuse.merge._mergekit_settings import Place, Reading
+from lfm.reuse.merge._mergekit.document import Document, Models
+from lfm.reuse.merge._mergekit.settings import Place, Reading
 from lfm.reuse.merge._tokens.policy import SOURCES
 
 ROW_KEYS = ("kind", "model", "token", "token_id")

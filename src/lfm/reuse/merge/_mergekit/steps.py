@@ -10,10 +10,18 @@ from lfm.errors import did_you_mean
 from lfm.method import card, number_of_models
 from lfm.recipe._yaml import Located
 from lfm.recipe.foreign import ForeignStep
-from lfm.reuse.merge._mergekit import UNKNOWN, Document, Entry, Models, ModuleDefinition, SliceDefinition, SliceEntry
-from lfm.reuse.merge._mergekit_methods import METHODS, WEIGHT
-from lfm.reuse.merge._mergekit_settings import Level, Place, Reading, is_plain, mapped
-from lfm.reuse.merge._mergekit_tokens import tokenizer_of
+from lfm.reuse.merge._mergekit.document import (
+    UNKNOWN,
+    Document,
+    Entry,
+    Models,
+    ModuleDefinition,
+    SliceDefinition,
+    SliceEntry,
+)
+from lfm.reuse.merge._mergekit.methods import METHODS, WEIGHT
+from lfm.reuse.merge._mergekit.settings import Level, Place, Reading, is_plain, mapped
+from lfm.reuse.merge._mergekit.tokens import tokenizer_of
 
 # What mergekit calls the modules of models that have several, and what the names of their tensors can begin with.
 MODULES = {
