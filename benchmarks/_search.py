@@ -18,7 +18,7 @@ Settings = dict[str, Any]
 
 # What is tried, one parameter after the other, each with the best of those before it. A method has those of its own.
 GRID: dict[str, tuple[Any, ...]] = {
-    "scale": (1 / 3, 0.5, 0.7, 1.0, 1.5),
+    "scale": (1 / 3, 0.5, 0.7, 1.0, 1.5, 2.25),
     "density": (0.1, 0.3, 0.6),
 }
 OWN: dict[str, dict[str, tuple[Any, ...]]] = {

@@ -105,8 +105,11 @@ class TensorExtent:
         ]
 
     def _by_counting(self, of: Look, ranks: Sequence[int]) -> list[float]:
-        upper = self._count(lambda site: Wanted(high=of(site)))
-        buckets = [_bucket(counts, rank) for counts, rank in zip(upper, ranks, strict=True)]
+        seen: dict[Array, int] = {}  # several ranks may be asked of one array: it is counted once
+        place = [seen.setdefault(array, len(seen)) for array in of(self.stream.site(self.targets[0]))]
+        once = [place.index(number) for number in range(len(seen))]
+        upper = self._count(lambda site: Wanted(high=[of(site)[index] for index in once]))
+        buckets = [_bucket(upper[number], rank) for number, rank in zip(place, ranks, strict=True)]
         lower = self._count(
             lambda site: Wanted(low=[(array, bucket) for array, (bucket, _) in zip(of(site), buckets, strict=True)])
         )

@@ -20,6 +20,7 @@ OPS = (
     *("EXP", "TANH"),
     *("STORE", "DOT", "LARGEST", "HIGH", "LOW"),
 )
+NUMBERS = {op: number for number, op in enumerate(OPS)}
 STEP = np.dtype([("op", "i4"), ("to", "i4"), ("a", "i4"), ("b", "i4"), ("c", "i4"), ("spare", "i4"), ("value", "f8")])
 
 
@@ -113,7 +114,8 @@ class _Compiler:
             if node not in self._keys:
                 made = (node.op, tuple(self._keys[part] for part in node.of), node.index, node.value)
                 # 0.0 == -0.0 and 1 == True, but repr tells them apart
-                self._keys[node] = self._known.setdefault((*made[:3], repr(node.value)), len(self._made))
+                told = repr(node.value) if node.op == "VALUE" else ""
+                self._keys[node] = self._known.setdefault((*made[:3], told), len(self._made))
                 if self._keys[node] == len(self._made):
                     self._made.append(made)
         return self._keys[array]
@@ -137,7 +139,7 @@ class _Compiler:
         def emit(op: str, to: int, of: tuple[int, ...], index: int, value: float) -> None:
             operands = [place[key] for key in of] or [index]
             a, b, c = (*operands, -1, -1)[:3]
-            steps.append((OPS.index(op), to, a, b, c, 0, value))
+            steps.append((NUMBERS[op], to, a, b, c, 0, value))
             for key in of:
                 uses[key] -= 1
                 if not uses[key] and key not in constant:
