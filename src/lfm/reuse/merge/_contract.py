@@ -250,7 +250,7 @@ class Elementwise(Merge):
 
     def merge_whole(self, tensor: Whole) -> np.ndarray[Any, Any]:
         """Return the merged tensor, or any number of its rows where the method takes rows."""
-        raise NotImplementedError(f"{type(self).__name__} looks at elements alone")
+        raise AssertionError(f"{type(self).__name__} looks at elements alone")
 
 
 class Tensorwise(Merge):

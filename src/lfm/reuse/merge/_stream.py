@@ -21,7 +21,7 @@ from lfm.errors import LfmError
 from lfm.models.ref import ModelRef
 from lfm.reuse.merge._contract import Site
 from lfm.reuse.merge._layout import Origin, Target
-from lfm.reuse.merge._machine import kernels as kernels
+from lfm.reuse.merge._machine import kernels
 from lfm.reuse.merge._machine.array import Array
 from lfm.reuse.merge._machine.kernels import Output, Part, Totals
 from lfm.reuse.merge._machine.program import Program, Wanted, compile_program

@@ -18,7 +18,7 @@ from lfm.evaluate.change import group_of
 from lfm.reuse.merge._contract import Elementwise, Inputs, Merge, Site, Tensorwise, Whole
 from lfm.reuse.merge._extent import TensorExtent
 from lfm.reuse.merge._layout import Layout, Target
-from lfm.reuse.merge._machine import kernels as kernels
+from lfm.reuse.merge._machine import kernels
 from lfm.reuse.merge._machine.array import Array, total
 from lfm.reuse.merge._machine.kernels import Output, Totals
 from lfm.reuse.merge._machine.program import Program, Wanted, compile_program
