@@ -12,8 +12,9 @@ NONE = "–"
 
 def page(found: dict[str, Any]) -> str:
     """Return the page of all results."""
-    rows = found["rows"]
-    parts = [_heading(found), _times(rows), _limits(found["limits"]), _memory(rows), _differences(rows), _errors(rows)]
+    rows, big = found["rows"], found["big"]
+    parts = [_heading(found), *((_times(rows), _limits(found["limits"]), _memory(rows)) if rows else ())]
+    parts += [_differences(rows), _large(big), _errors([*rows, *big])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -21,10 +22,11 @@ def _heading(found: dict[str, Any]) -> str:
     about = found["environment"]
     machine, peer = about["machine"], about["mergekit"]
     beside = f" beside mergekit {peer['mergekit']} (torch {peer['torch']})" if peer else ""
+    size = f" Models of {found['size'].split(',')[0]} parameters." if found["size"] else ""
     return (
         f"# Speed of merging\n\n{about['lfm']}{beside} on {machine['cores']} cores of {machine['processor']}, "
-        f"{machine['system']}. Models: {about['size']}, bfloat16. Medians; whole processes with their start-up, inputs "
-        f"in the page cache. {_others(found['rows'])} Written by `benchmarks/merge.py`; benchmarks/README.md says how."
+        f"{machine['system']}.{size} bfloat16. Medians; whole processes with their start-up, inputs in the page cache. "
+        f"{_others([*found['rows'], *found['big']])} Written by `benchmarks/merge.py`; benchmarks/README.md says how."
     )
 
 
@@ -40,7 +42,8 @@ def _others(rows: Iterable[Row]) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"{row['name']} ({row['label']})" if row["label"] else row["name"]
+    name = f"{row['name']} ({row['label']})" if row["label"] else row["name"]
+    return f"{name} †" if row.get("apart") else name
 
 
 def _median(row: Row, lane: str) -> Usage | None:
@@ -61,7 +64,9 @@ def _times(rows: Sequence[Row]) -> str:
     return (
         "## Time\n\n`new`: lfm on inputs that it has never seen, whose digests it computes. `known`: on inputs whose "
         "digests are in its cache, as from the second merge of the same models on. mergekit computes none. CPU is user "
-        "and system time. Runs: those of lfm (each way) and of mergekit.\n\n" + _table([*heads, "runs"], lines)
+        "and system time. Runs: those of lfm (each way) and of mergekit."
+        + (" †: the two were not measured by turns." if any(row.get("apart") for row in rows) else "")
+        + f"\n\n{_table([*heads, 'runs'], lines)}"
     )
 
 
@@ -110,6 +115,20 @@ def _memory(rows: Sequence[Row]) -> str:
         "mapped, which the system takes back when it needs them; anonymous memory (sampled every 20 ms) does not.\n\n"
         + _table(heads, lines)
     )
+
+
+def _large(rows: Sequence[Row]) -> str:
+    """Return the memory of merging models of 3 B parameters."""
+    lines = []
+    for row in rows:
+        if used := _median(row, "new"):
+            numbers = (row["read_mb"] / 1000, row.get("written_mb", 0) / 1000, used.wall, used.cpu)
+            memory = (used.rss, used.anonymous)
+            lines.append([_name(row), *(f"{n:.1f}" for n in numbers), *(f"{n:.0f}" for n in memory)])
+    if not lines:
+        return ""
+    heads = ["merge", "read, GB", "written, GB", "wall, s", "CPU, s", "resident, MB", "anonymous, MB"]
+    return "## Models of 3 B parameters\n\nlfm alone, on new inputs, once:\n\n" + _table(heads, lines)
 
 
 def _differences(rows: Iterable[Row]) -> str:

@@ -192,8 +192,59 @@ def run_limits(bench: Bench) -> list[Row]:
     return rows
 
 
-def run_big(bench: Bench) -> list[Row]:
+def environment(bench: Bench) -> dict[str, Any]:
+    """Return what the numbers belong to."""
+    said = subprocess.run([bench.lfm, "--version"], capture_output=True, text=True, check=False).stdout
+    ours = f"lfm {said.split()[-1]}" if said.split() else "lfm"
+    peer = _mergekit.versions(bench.venv) if bench.venv else {}
+    return {"machine": machine(), "lfm": ours, "mergekit": peer}
+
+
+def earlier(results: Path | None, bench: Bench) -> dict[str, Any]:
+    """Return what the results file holds, with nothing that belongs to another machine, version or size."""
+    about = environment(bench)
+    nothing: dict[str, Any] = {"environment": about, "size": "", "rows": [], "limits": [], "big": []}
+    if results is None or not results.exists():
+        return nothing
+    found: dict[str, Any] = json.loads(results.read_text())
+    there = found["environment"]
+    if (there["machine"], there["lfm"]) != (about["machine"], about["lfm"]):
+        return nothing
+    if about["mergekit"] not in ({}, there["mergekit"]):
+        if there["mergekit"]:
+            return nothing
+        there["mergekit"] = about["mergekit"]
+    return found
+
+
+def joined(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """Return rows with new ones in the place of old ones; a side not measured this time keeps its runs, marked."""
+    was = {(row["name"], row["label"]): row for row in old}
+    for row in new:
+        before = was.pop((row["name"], row["label"]), None)
+        for lane, runs in before["runs"].items() if before else ():
+            if runs and not row["runs"][lane] and lane not in row["errors"]:
+                row["runs"][lane], row["apart"] = runs, True
+    return [*was.values(), *new]
+
+
+def run(bench: Bench, names: Sequence[str], results: Path | None) -> dict[str, Any]:
+    """Measure the named cases; rows that the results file has already are kept unless they are measured again."""
+    found = earlier(results, bench)
+    size = f"{bench.size}, {bench.tensors}"
+    if found["size"] != size:
+        found |= {"size": size, "rows": [], "limits": []}
+    found["limits"] = run_limits(bench)
+    for name in names:
+        print(name, file=sys.stderr)
+        found["rows"] = joined(found["rows"], run_case(bench, CASES[name]))
+        _keep(found, results)
+    return found
+
+
+def run_big(bench: Bench, results: Path | None) -> dict[str, Any]:
     """Measure lfm's memory on large models, and delete them."""
+    found = earlier(results, bench)
     needed = 5 * 2 * SIZES[bench.size].parameters
     free = shutil.disk_usage(bench.work).free
     if free < needed:
@@ -201,35 +252,16 @@ def run_big(bench: Bench) -> list[Row]:
             f"--big {bench.size} needs {needed / 1e9:.0f} GB of disk in {bench.work}, which has {free / 1e9:.0f} GB"
         )
     try:
-        return [row for case in BIG for row in run_case(bench, case)]
+        found["big"] = [row for case in BIG for row in run_case(bench, case)]
     finally:
         shutil.rmtree(bench.work / bench.size, ignore_errors=True)
-
-
-def environment(bench: Bench) -> dict[str, Any]:
-    """Return what the numbers belong to."""
-    said = subprocess.run([bench.lfm, "--version"], capture_output=True, text=True, check=False).stdout
-    ours = f"lfm {said.split()[-1]}" if said.split() else "lfm"
-    peer = _mergekit.versions(bench.venv) if bench.venv else {}
-    return {"machine": machine(), "lfm": ours, "mergekit": peer, "size": bench.size, "tensors": bench.tensors}
-
-
-def run(bench: Bench, names: Sequence[str], results: Path | None, *, big: bool) -> dict[str, Any]:
-    """Measure the named cases; rows that the results file has already are kept unless they are measured again."""
-    known = json.loads(results.read_text()) if results and results.exists() else {}
-    found: dict[str, Any] = {"environment": environment(bench), "rows": [], "limits": []}
-    if known.get("environment") == found["environment"]:
-        found = known
-    if not big:
-        found["limits"] = run_limits(bench)
-    for name in names:
-        print(name, file=sys.stderr)
-        new = run_big(bench) if big else run_case(bench, CASES[name])
-        replaced = {(row["name"], row["label"]) for row in new}
-        found["rows"] = [row for row in found["rows"] if (row["name"], row["label"]) not in replaced] + new
-        if results:
-            results.write_text(json.dumps(found, indent=1) + "\n")
+    _keep(found, results)
     return found
+
+
+def _keep(found: dict[str, Any], results: Path | None) -> None:
+    if results:
+        results.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -271,7 +303,7 @@ def main() -> None:
         repeats=1 if options.big else options.repeats,
         compares=not options.no_compare,
     )
-    found = run(bench, ["big"] if options.big else options.methods, options.json, big=bool(options.big))
+    found = run_big(bench, options.json) if options.big else run(bench, options.methods, options.json)
     page = _tables.page(found)
     print(page)
     if options.write:

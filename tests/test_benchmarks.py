@@ -1,5 +1,6 @@
 """The speed benchmark: its checkpoints, its ruler, its comparison, and that lfm has what it asks for."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -122,22 +123,21 @@ def test_lfm_has_every_method_and_option_that_is_measured():
             assert names <= set(card.parameters.model_fields), case.name
 
 
-def test_the_command_measures_and_writes_its_page(tmp_path):
+def test_the_command_measures_and_keeps_what_it_measured(tmp_path):
+    results = tmp_path / "results.json"
     command = [sys.executable, FOLDER / "merge.py", "--sizes", "tiny", "--only", "ours", "--repeats", "1"]
-    command += [
-        "--methods",
-        "linear2,ties,tiny_tensors",
-        "--tensors",
-        "20",
-        "--work",
-        tmp_path,
-        "--lfm",
-        _lfm(tmp_path),
-    ]
-    page = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    for row in ("linear2", "ties (as mergekit)", "ties (as the paper)", "tiny_tensors"):
-        assert f"| {row} |" in page
+    command += ["--tensors", "20", "--work", tmp_path, "--lfm", _lfm(tmp_path), "--json", results, "--methods"]
+    page = subprocess.run([*command, "linear2,ties,tiny_tensors"], check=True, capture_output=True, text=True).stdout
+    rows = ["linear2", "ties (as mergekit)", "ties (as the paper)", "tiny_tensors"]
+    assert all(f"| {row} |" in page for row in rows)
     assert "Not measured" not in page
+    found = json.loads(results.read_text())
+    for row in found["rows"]:
+        row["runs"]["peer"] = row["runs"]["new"]
+    results.write_text(json.dumps(found))
+    page = subprocess.run([*command, "linear2"], check=True, capture_output=True, text=True).stdout
+    assert "| linear2 † |" in page
+    assert all(f"| {row} |" in page for row in rows[1:])
 
 
 def _lfm(folder: Path) -> Path:

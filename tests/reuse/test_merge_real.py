@@ -26,7 +26,7 @@ def benchmark_module():
 @pytest.fixture(scope="module")
 def language(assets, benchmark_module, tmp_path_factory):
     """The language family, with fine-tunes of a few steps on two of its tasks."""
-    sizes = {"steps": 25, "batch_size": 4, "test": 12}
+    sizes = {"steps": 20, "batch_size": 4, "test": 12}
     family = benchmark_module("_language").Language(assets, tmp_path_factory.mktemp("language"), **sizes)
     for task in ("Shakespeare", "instructions"):
         family.make(task)
@@ -36,7 +36,7 @@ def language(assets, benchmark_module, tmp_path_factory):
 @pytest.fixture(scope="module")
 def vision(assets, benchmark_module, tmp_path_factory):
     """The vision family, with fine-tunes of a few steps on the two tasks that are new to its base."""
-    sizes = {"steps": 40, "batch_size": 32, "probe": 400, "test": 150, "unlabelled": 100}
+    sizes = {"steps": 30, "batch_size": 32, "probe": 400, "test": 150, "unlabelled": 100}
     family = benchmark_module("_vision").Vision(assets, tmp_path_factory.mktemp("vision"), **sizes)
     for task in ("MNIST", "Fashion"):
         family.make(task)
