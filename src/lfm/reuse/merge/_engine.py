@@ -243,7 +243,7 @@ def run(method: Merge, inputs: Inputs, context: Context, folder: OutputFolder) -
         # The large ones first, so that no thread is left alone with one at the end.
         order = sorted(layout.targets.values(), key=lambda target: -target.spec.nbytes)
         with Progress("merge", sum(spec.size for spec in layout.specs.values()), context.settings.quiet) as progress:
-            for target in _finished(pool, work, order, threads):
+            for target in _finished(pool, work, order):
                 progress.advance(target.spec.size)
     digest = writer.finish()
     config = _config(reference.config, inputs, layout, tokens)
@@ -260,16 +260,35 @@ def run(method: Merge, inputs: Inputs, context: Context, folder: OutputFolder) -
     return StepResult(digest, writer.digests(), notes=tuple(notes), change=work.change())
 
 
-def _finished(pool: ThreadPoolExecutor, work: Work, targets: Sequence[Target], threads: int) -> Iterator[Target]:
+def _finished(pool: ThreadPoolExecutor, work: Work, targets: Sequence[Target]) -> Iterator[Target]:
     """Yield targets as they are done; the first failure stops the rest."""
-    futures = [pool.submit(work.do, target) for target in targets]
+
+    def do(batch: Sequence[Target]) -> None:
+        for target in batch:
+            work.do(target)
+
+    batches = _batches(targets)
+    futures = [pool.submit(do, batch) for batch in batches]
     try:
-        for future, target in zip(futures, targets, strict=True):
+        for future, batch in zip(futures, batches, strict=True):
             future.result()
-            yield target
+            yield from batch
     finally:
         for future in futures:
             future.cancel()
+
+
+def _batches(targets: Sequence[Target]) -> list[list[Target]]:
+    """Put small tensors together: handing over a task costs more than merging one of them."""
+    found: list[list[Target]] = []
+    left = 0
+    for target in targets:
+        if left < target.spec.size or not found:
+            found.append([])
+            left = CHUNK // 4
+        found[-1].append(target)
+        left -= target.spec.size
+    return found
 
 
 def _shares(method: Merge, layout: Layout, context: Context) -> tuple[int, int]:

@@ -99,11 +99,14 @@ def run(program: Program, part: Part, totals: Totals, output: Output | None = No
 
 def native(wide: bool) -> ctypes.CDLL | None:
     """Return the compiled kernels, or None where they cannot be compiled here."""
-    with _compiling:  # threads ask at the same time, and one is to compile
-        return _native(wide)
+    if wide not in _libraries:
+        with _compiling:  # threads ask at the same time, and one is to compile
+            _libraries.setdefault(wide, _native(wide))
+    return _libraries[wide]
 
 
 _compiling = threading.Lock()
+_libraries: dict[bool, ctypes.CDLL | None] = {}
 
 
 @cache
