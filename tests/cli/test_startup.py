@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -39,10 +38,14 @@ def test_a_recipe_with_wrong_types_is_refused_without_torch(tmp_path):
     assert done.stderr.split()[-3:-1] == ["1", "-"]
 
 
+def seconds(*arguments):
+    """CPU time of a process at its best of three: others on the machine make it longer, never shorter."""
+    return min(float(python("-c", *arguments).stderr.split()[-1]) for _ in range(3))
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["advise"]])
-def test_listings_take_less_than_half_a_second(arguments):
-    started = time.perf_counter()
-    python("-c", "pass")
-    if time.perf_counter() - started > 0.1:
-        pytest.skip("this machine is too busy to be timed")
-    assert min(float(python("-c", CODE, *arguments).stderr.split()[-1]) for _ in range(3)) < 0.5
+def test_listings_take_little_more_than_importing_what_they_need(arguments):
+    """About a third of a second on an idle machine; measured against its own imports, so that a busy one passes too."""
+    told = "import sys, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_utime, file=sys.stderr)"
+    imports = seconds(f"import click, pydantic, yaml, logging, importlib.metadata; {told}")
+    assert seconds(CODE, *arguments) < 8 * imports
