@@ -91,7 +91,7 @@ print(used.anonymous, used.rss, used.wall, used.cpu)
 
 
 def measured(script):
-    """Measure a script from a small process: a child counts what its parent holds until it runs a program of its own."""
+    """Measure a script from a small process: until a child runs its program, it counts what its parent holds."""
     environment = {**os.environ, "PYTHONPATH": str(FOLDER)}
     done = subprocess.run([sys.executable, "-c", MEASURED, script], capture_output=True, text=True, env=environment)
     return map(float, done.stdout.split())
