@@ -33,6 +33,7 @@ SAYS_NOTHING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype",
 KEEP = 32_000_000  # bytes of a tensor that a thread keeps for the passes over it
 RESIDENT = 90_000_000  # bytes that the program itself takes, before it holds any part of a model
 TORCH = 250_000_000  # bytes that torch takes, where a method needs it
+FEW = 1 << 14  # elements of a tensor, on average, below which threads do not pay
 SMALLEST = 1 << 14  # elements of a chunk, below which nothing is won
 WHOLE = 400_000_000  # bytes of whole tensors that are held at a time, where one does not need more
 RATE = 0.8e9  # bytes that a thread gets through in a second: measured, to say about how long a merge will take
@@ -294,6 +295,8 @@ def _batches(targets: Sequence[Target]) -> list[list[Target]]:
 def _shares(method: Merge, layout: Layout, context: Context) -> tuple[int, int]:
     """Return how many threads and how large a chunk the memory allows."""
     threads, chunk, budget = context.settings.threads, CHUNK, context.settings.memory
+    if sum(target.spec.size for target in layout.targets.values()) < FEW * len(layout.targets):
+        threads = 1  # small tensors are all Python, and threads of it would wait for each other
     if budget is None:
         return threads, chunk
 
