@@ -131,9 +131,9 @@ def test_what_is_found_out_does_not_depend_on_where_a_tensor_is_cut():
 # --- random numbers
 
 
-def test_random_numbers_are_philox_4x32_10():
+def test_random_numbers_are_philox_4x32_7():
     """Known answer of the authors' test vectors (Random123, kat_vectors): key and counter 0."""
-    words = np.array([0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8], dtype=np.uint32)
+    words = np.array([0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48], dtype=np.uint32)
     expected = (words >> 8).astype(np.float32) * np.float32(2**-24)
     assert kernels.uniform(0, 0, 4).tolist() == expected.tolist()
     assert torch_uniform(0, 0, 4, "cpu").tolist() == expected.tolist()
@@ -158,7 +158,7 @@ def test_stochastic_rounding_is_unbiased_and_leaves_alone_what_needs_none(dtype)
     kernels.run(program, of, kernels.Totals.of(program), output)
     found = kernels.widened(output.values, dtype).astype(np.float64)
     assert len(np.unique(found)) == 2
-    np.testing.assert_allclose(found.mean(), value, rtol=2e-5)
+    np.testing.assert_allclose(found.mean(), value, rtol=3e-5)  # four standard deviations
     exact = kernels.Part([np.array([1.0, -0.5, 0.0, 96.0, 2**-24, -(2**-20)], np.float32)], ["F32"], 0, KEYS)
     output = kernels.Output(np.zeros(6, kernels.DTYPES[dtype]), dtype)
     kernels.run(program, exact, kernels.Totals.of(program), output)

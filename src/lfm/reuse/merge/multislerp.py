@@ -6,8 +6,9 @@ For each tensor, flattened, with x_i = theta_i, or theta_i - theta_0 where a bas
     theta = (sum_i w_i |x_i|) m / |m|        (+ theta_0)
 
 A plain average is shorter than what it averages, the more so the wider the angles; this one is not. Where the
-directions balance out (|m| < `eps`) it is the weighted sum of the x_i, and so it is 0 where all are. `karcher` looks
-for the mean direction in the sense of angles, of which this is the starting point.
+directions balance out (|m| < `eps`, or no more than rounding is left of it: 1e-6 of the weights) it is the weighted sum
+of the x_i, and so it is 0 where all are. `karcher` looks for the mean direction in the sense of angles, of which this is
+the starting point.
 
 mergekit's description has a further step, projecting onto the tangent space at m and back: the projections sum to 0
 whatever the weights, so it changes nothing but rounding. Where more than two directions balance out, mergekit stops, as
@@ -27,6 +28,7 @@ from lfm.reuse.merge._contract import Elementwise, Extent, Scope, Site
 from lfm.reuse.merge._machine.array import Array
 
 Values = np.ndarray[Any, Any]
+ROUNDING = 1e-6  # a sum of directions that is smaller has none: not in float32, nor as the root of a sum of products
 
 
 class Multislerp(Elementwise):
@@ -59,5 +61,6 @@ class Multislerp(Elementwise):
         norms = np.sqrt(products.diagonal())
         directions = weights / np.where(norms > 0, norms, np.inf)
         length = math.sqrt(max(float(directions @ products @ directions), 0.0))
-        found: Values = weights if length < self.eps else weights @ norms * directions / length
+        balanced = length < max(self.eps, ROUNDING * float(np.abs(weights).sum()))
+        found: Values = weights if balanced else weights @ norms * directions / length
         return found

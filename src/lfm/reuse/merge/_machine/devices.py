@@ -171,7 +171,7 @@ def uniform(key: int, place: int, count: int, device: str) -> Values:
     mask = 0xFFFFFFFF
     x = [blocks & mask, blocks >> 32, torch.zeros_like(blocks), torch.zeros_like(blocks)]
     keys = [key & mask, key >> 32 & mask]
-    for _ in range(10):
+    for _ in range(7):
         (p_high, p_low), (q_high, q_low) = _product(0xD2511F53, x[0]), _product(0xCD9E8D57, x[2])
         x = [q_high ^ x[1] ^ keys[0], q_low, p_high ^ x[3] ^ keys[1], p_low]
         keys = [(keys[0] + 0x9E3779B9) & mask, (keys[1] + 0xBB67AE85) & mask]

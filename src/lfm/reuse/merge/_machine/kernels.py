@@ -329,7 +329,7 @@ def _finite(raw: Values, dtype: str) -> bool:
 
 
 def uniform(key: int, place: int, count: int) -> Values:
-    """Return elements `place` .. `place + count` of a stream of numbers in [0, 1), float32: Philox4x32-10.
+    """Return elements `place` .. `place + count` of a stream of numbers in [0, 1), float32: Philox4x32-7.
 
     Element i is word i % 4 of block i / 4 (Salmon et al. 2011), its upper 24 bits; `place` is a multiple of 4.
     """
@@ -337,7 +337,7 @@ def uniform(key: int, place: int, count: int) -> Values:
     mask = np.uint64(0xFFFFFFFF)
     x = [blocks & mask, blocks >> np.uint64(32), np.zeros_like(blocks), np.zeros_like(blocks)]
     keys = [np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32 & 0xFFFFFFFF)]
-    for _ in range(10):
+    for _ in range(7):
         p, q = np.uint64(0xD2511F53) * x[0], np.uint64(0xCD9E8D57) * x[2]
         shift = np.uint64(32)
         x = [(q >> shift) ^ x[1] ^ keys[0], q & mask, (p >> shift) ^ x[3] ^ keys[1], p & mask]
