@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from lfm.errors import LfmError, RequestError, did_you_mean
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; bugs, and only they, end in a traceback."""
+    gc.set_threshold(100_000)  # headers of many tensors are many objects, and none of them is garbage
     try:
         # A command that ends by `ctx.exit(code)` gives its code; the others give nothing.
         code = root.main(list(sys.argv[1:] if arguments is None else arguments), prog_name="lfm", standalone_mode=False)

@@ -11,8 +11,9 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lfm.checkpoint import Checkpoint, OutputFolder
 from lfm.checkpoint.kinship import strangers
@@ -66,10 +67,32 @@ def plan(method: Merge, inputs: Inputs, context: Context) -> StepPlan:
     held, memory_problems = _memory(method, layout, context)
     problems += [*memory_problems, *_device_problems(context.settings.device)]
     notes = [*_notes(method, inputs, outlines), *layout.notes, *tokens.notes]
-    notes += _warnings(inputs, checkpoints) if checkpoints and not problems else []
+    if checkpoints and not problems:
+        warnings = _warnings(inputs, checkpoints)
+        notes += warnings
+        _PLANNED[context] = _Planned(method, inputs, checkpoints, layout, warnings)
     reads = sum(outline.nbytes for outline in outlines.values())
     seconds = _seconds(method, reads, output.nbytes, context.settings.threads)
     return StepPlan(output, reads, output.nbytes, held, seconds, tuple(problems), tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What planning found out and running would find out again, which takes a while where there are many tensors."""
+
+    method: Merge
+    inputs: Inputs
+    checkpoints: Mapping[ModelRef, Checkpoint]
+    layout: Layout
+    warnings: list[str]
+
+    def is_of(self, method: Merge, inputs: Inputs, checkpoints: Mapping[ModelRef, Checkpoint]) -> bool:
+        """Whether it is about this step, with the very models that are open now."""
+        same = all(self.checkpoints.get(ref) is model for ref, model in checkpoints.items())
+        return method is self.method and inputs is self.inputs and same
+
+
+_PLANNED: WeakKeyDictionary[Context, _Planned] = WeakKeyDictionary()
 
 
 def _refs(inputs: Inputs) -> list[ModelRef]:
@@ -220,13 +243,14 @@ def run(method: Merge, inputs: Inputs, context: Context, folder: OutputFolder) -
     """Merge into `folder`."""
     refs = _refs(inputs)
     checkpoints = {ref: context.open(ref) for ref in refs}
+    tokens = read_tokens(inputs, checkpoints)
+    planned = _PLANNED.pop(context, None)
+    if planned is None or not planned.is_of(method, inputs, checkpoints):
+        planned = None
     outlines = {  # of what is there now: what a step was going to make may have got other names
         ref: Outline(ref, model.specs, model.config, model.vocabulary) for ref, model in checkpoints.items()
     }
-    tokens = read_tokens(inputs, checkpoints)
-    layout = lay_out(method, inputs, {ref: tokens.outline(outline) for ref, outline in outlines.items()})
-    if layout.problems:
-        raise RequestError(*layout.problems)
+    layout = planned.layout if planned else _laid_out(method, inputs, outlines, tokens)
     reference = checkpoints[_reference(inputs)]
     writer = folder.tensors(layout.specs)
     threads, chunk = _shares(method, layout, context)
@@ -249,7 +273,7 @@ def run(method: Merge, inputs: Inputs, context: Context, folder: OutputFolder) -
     digest = writer.finish()
     config = _config(reference.config, inputs, layout, tokens)
     notes = [*_notes(method, inputs, outlines), *layout.notes, *tokens.notes, *sorted(work.notes)]
-    notes += _warnings(inputs, checkpoints)
+    notes += planned.warnings if planned else _warnings(inputs, checkpoints)
     if config is not None and changed(layout.specs, reference.specs):
         problems, remarks = config_problems(layout.specs, config)
         notes += remarks
@@ -259,6 +283,13 @@ def run(method: Merge, inputs: Inputs, context: Context, folder: OutputFolder) -
     if config is not None:
         folder.write_json("config.json", config)
     return StepResult(digest, writer.digests(), notes=tuple(notes), change=work.change())
+
+
+def _laid_out(method: Merge, inputs: Inputs, outlines: Mapping[ModelRef, Outline], tokens: Tokens) -> Layout:
+    layout = lay_out(method, inputs, {ref: tokens.outline(outline) for ref, outline in outlines.items()})
+    if layout.problems:
+        raise RequestError(*layout.problems)
+    return layout
 
 
 def _finished(pool: ThreadPoolExecutor, work: Work, targets: Sequence[Target]) -> Iterator[Target]:

@@ -6,8 +6,8 @@ For each tensor, flattened, with x_i = theta_i, or theta_i - theta_0 where a bas
     theta = (sum_i w_i |x_i|) m / |m|        (+ theta_0)
 
 A plain average is shorter than what it averages, the more so the wider the angles; this one is not. Where the
-directions balance out (|m| < `eps`, or no more than rounding is left of it: 1e-6 of the weights) it is the weighted sum
-of the x_i, and so it is 0 where all are. `karcher` looks for the mean direction in the sense of angles, of which this is
+directions balance out (|m| < `eps`, or below 1e-6 of the weights, where it is but rounding) it is the weighted sum of
+the x_i, and so it is 0 where all are. `karcher` looks for the mean direction in the sense of angles, of which this is
 the starting point.
 
 mergekit's description has a further step, projecting onto the tangent space at m and back: the projections sum to 0
