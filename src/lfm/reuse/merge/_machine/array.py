@@ -36,13 +36,14 @@ class Array:
         return Array("SUB", (array(other), self))
 
     def __mul__(self, other: Array | float) -> Array:
-        return Array("MUL", (self, array(other)))
+        # Most weights and scales are 1, and times 1 nothing changes, to the last bit.
+        return self if other == 1 and not isinstance(other, Array) else Array("MUL", (self, array(other)))
 
     def __rmul__(self, other: float) -> Array:
         return Array("MUL", (array(other), self))
 
     def __truediv__(self, other: Array | float) -> Array:
-        return Array("DIV", (self, array(other)))
+        return self if other == 1 and not isinstance(other, Array) else Array("DIV", (self, array(other)))
 
     def __rtruediv__(self, other: float) -> Array:
         return Array("DIV", (array(other), self))
