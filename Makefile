@@ -12,7 +12,7 @@ demo: $(VENV)/.demo  ## train, merge and compare models on real data; ends with 
 	$(BIN)/lfm run digits
 
 test: check  ## lint, types, all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -9,6 +9,14 @@ import pytest
 import torch
 
 
+LONG = ("tune/test_full.py", "recipe/test_shipped.py", "test_readme.py", "evaluate/test_measure.py", "test_done.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest: processes share tests file by file, and none is to end long after all."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+
+
 @pytest.fixture(scope="session")
 def assets():
     """The folder of real checkpoints and data; tests that need it are skipped where it is not."""

@@ -9,6 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lfm
+from lfm.checkpoint import Checkpoint, MemoryWeights, torch_dtype
+from lfm.method import verbs
+from lfm.models.ref import ModelRef
+from lfm.recipe.step import Outline
 from lfm.reuse.merge import _contract
 
 SHAPES = {"embed.weight": (16, 5), "layer.weight": (5, 5), "layer.bias": (5,), "head.weight": (3, 7), "scale": ()}
@@ -56,3 +60,67 @@ def merge(method: _contract.Merge, sources, base=None, *, at: Path, threads: int
     settings = lfm.Settings(threads=threads, quiet=True)
     lfm.merge(method, paths, base=base_path, out=place / "out", settings=settings, **options)
     return load(place / "out")
+
+
+class _Writer:
+    """Takes what an engine writes into memory."""
+
+    def __init__(self, specs) -> None:
+        self.specs = specs
+        self._bytes = {name: bytearray() for name in specs}
+
+    def append(self, name, data) -> None:
+        self._bytes[name] += data
+
+    def finish(self) -> str:
+        assert {name: len(data) for name, data in self._bytes.items()} == {n: s.nbytes for n, s in self.specs.items()}
+        return ""
+
+    def digests(self) -> dict[str, str]:
+        return {}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.frombuffer(self._bytes[name], dtype=torch_dtype(spec.dtype)).reshape(spec.shape)
+            if spec.size
+            else torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+            for name, spec in self.specs.items()
+        }
+
+
+class _Memory:
+    """Stands where an engine finds its models (`Context`), and where it puts what it makes (`OutputFolder`)."""
+
+    def __init__(self, models, seed: int, settings: lfm.Settings) -> None:
+        self.seed, self.settings = seed, settings
+        self._models = {
+            ModelRef.model_validate(name): Checkpoint(name, MemoryWeights(content), Path("nowhere"))
+            for name, content in models.items()
+        }
+
+    def open(self, ref: ModelRef) -> Checkpoint:
+        return self._models[ref]
+
+    def outlines(self, refs) -> list[Outline]:
+        return [Outline(ref, self._models[ref].specs) for ref in refs]
+
+    def tensors(self, specs) -> _Writer:
+        self.writer = _Writer(specs)
+        return self.writer
+
+    def copy(self, files) -> None:
+        assert not files
+
+
+def merge_in_memory(method: _contract.Merge, sources, base=None, *, seed: int = 0, threads: int = 1, weights=None):
+    """Merge as `merge` does, by the same engine, but without files, reports and lineage: many times as quick."""
+    models = {f"source{number}": source for number, source in enumerate(sources)}
+    inputs = _contract.Inputs(models=list(models), base=None if base is None else "base", weights=weights)
+    memory = _Memory(
+        models if base is None else {**models, "base": base}, seed, lfm.Settings(threads=threads, quiet=True)
+    )
+    engine = verbs()["merge"].engine()
+    plan = engine.plan(method, inputs, memory)
+    assert plan.problems == ()
+    engine.run(method, inputs, memory, memory)
+    return memory.writer.tensors()

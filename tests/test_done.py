@@ -16,14 +16,14 @@ def made(assets, tmp_path_factory):
     root = tmp_path_factory.mktemp("done")
     base = assets / "checkpoints" / "stories260k"
     data = {"a": "tiny-shakespeare.txt", "b": "wikitext-2-valid.txt"}
-    how = ("--steps", 40, "--learning-rate", 1e-3, "--batch-size", 8, "--length", 256, "-q")
+    how = ("--steps", 40, "--learning-rate", 2e-3, "--batch-size", 8, "--length", 128, "-q")
     for name, file in data.items():
         source = f"{{path: '{assets / 'data' / file}', part: train}}"
         call("tune", "full", base, "--data", source, "-o", root / name, *how)
     measures = {
-        "stories": f"{{path: '{assets / 'data' / 'tinystories-600.json'}', limit: 40}}",
-        "shakespeare": f"{{path: '{assets / 'data' / data['a']}', part: held_out, limit: 150}}",
-        "wiki": f"{{path: '{assets / 'data' / 'wikitext-2-test.txt'}', limit: 60}}",
+        "stories": f"{{path: '{assets / 'data' / 'tinystories-600.json'}', limit: 15}}",
+        "shakespeare": f"{{path: '{assets / 'data' / data['a']}', part: held_out, limit: 40}}",
+        "wiki": f"{{path: '{assets / 'data' / 'wikitext-2-test.txt'}', limit: 20}}",
     }
     options = [part for name, spec in measures.items() for part in ("--perplexity", f"{name}={spec}")]
     call("merge", "ties", root / "a", root / "b", "--base", base, "--density", 0.3, "-o", root / "out", *options, "-q")

@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from tests.killing import start
 from torch import nn
 from torch.nn import functional
 
@@ -196,42 +194,33 @@ def drive(resume):
     torch.set_num_threads(1)
     module = new()
     method = Trained(learning_rate=0.05, accumulate=2, patience=50, validate_every=10)
-    train(module, Path(resume), method, steps=200, save_seconds=1e-6, validate=held_out_loss(module))
-    sys.stdout.write(bits(module))
+    train(module, resume, method, steps=200, save_seconds=1e-6, validate=held_out_loss(module))
+    resume.with_name("digest").write_text(bits(module))
 
 
 def test_a_process_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path):
-    driver = "import sys; from tests.test_train import drive; drive(sys.argv[1])"
-    places = os.pathsep.join((str(ROOT / "src"), str(ROOT)))
-
-    def start():
-        return subprocess.Popen(
-            [sys.executable, "-c", driver, str(tmp_path / "killed")],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": places},
-            text=True,
-        )
-
     def saved_step():
         return max((int(place.name[5:]) for place in (tmp_path / "killed").glob("step-*")), default=0)
 
     chance = random.Random(0)
     for least in (1, 40, 80, 120, 160):
-        process = start()
+        process = start(drive, tmp_path / "killed")
         while saved_step() < least:
-            assert process.poll() is None
+            assert process.exitcode is None
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.03))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert saved_step() < 200
-    digest, _ = start().communicate()
+    process = start(drive, tmp_path / "killed")
+    process.join()
+    assert process.exitcode == 0
 
     module = new()
     method = Trained(learning_rate=0.05, accumulate=2, patience=50, validate_every=10)
     train(module, tmp_path / "whole", method, steps=200, save_seconds=600, validate=held_out_loss(module))
-    assert digest == bits(module)
+    assert (tmp_path / "digest").read_text() == bits(module)
 
 
 def truncate(path):

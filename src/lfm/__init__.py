@@ -12,17 +12,20 @@ __version__ = "0.1.0"
 # The packages first: the first import of one puts it under its name here, and that must not be after the functions.
 from lfm import evaluate as _evaluate  # noqa: F401
 from lfm import tune as _tune  # noqa: F401
-from lfm.api import advise, evaluate, load, merge, run, tune
+from lfm.api import advise, ensemble, evaluate, load, merge, rank, run, tune
 from lfm.checkpoint import Checkpoint, Delta, open_checkpoint
 from lfm.data import DataSpec
-from lfm.errors import AccessError, LfmError, RequestError, UnsafeError
+from lfm.errors import AccessError, BudgetError, LfmError, RequestError, UnsafeError
 from lfm.method import Access, Data, Have, Needs, cards
+from lfm.models.ledger import Budget
 from lfm.models.ref import ModelRef
 from lfm.recipe.step import Settings
 
 __all__ = [
     "Access",
     "AccessError",
+    "Budget",
+    "BudgetError",
     "Checkpoint",
     "Data",
     "DataSpec",
@@ -37,10 +40,12 @@ __all__ = [
     "__version__",
     "advise",
     "cards",
+    "ensemble",
     "evaluate",
     "load",
     "merge",
     "open_checkpoint",
+    "rank",
     "run",
     "tune",
 ]

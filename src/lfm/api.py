@@ -15,6 +15,7 @@ from lfm.checkpoint import Checkpoint, open_checkpoint
 from lfm.data import DataSpec
 from lfm.errors import RequestError, did_you_mean
 from lfm.method import Have, Method, cards, methods_of, verbs
+from lfm.models.ledger import Budget
 from lfm.models.ref import ModelRef
 from lfm.recipe._yaml import Located
 from lfm.recipe.foreign import read_foreign
@@ -24,6 +25,7 @@ from lfm.recipe.step import Settings
 if TYPE_CHECKING:
     from lfm.evaluate.measure import Measured, Measurement
     from lfm.evaluate.spec import Evaluate
+    from lfm.evaluate.transfer.rank import Ranked
     from lfm.models.handle import Model
     from lfm.recipe.catalogue import Catalogue
     from lfm.recipe.execute import StepRun
@@ -32,11 +34,15 @@ LOG = logging.getLogger("lfm")
 ModelLike = str | Path | ModelRef | Mapping[str, Any]
 
 
-def load(ref: ModelLike, *, device: str = "cpu") -> Model:
-    """Return a handle on a model: a folder, `org/name`, `base+adapter`, or a mapping as a recipe would hold it."""
-    from lfm.models.local import load_model
+def load(ref: ModelLike, *, device: str = "cpu", budget: Budget | None = None) -> Model:
+    """Return a handle on a model: a folder, `org/name`, `base+adapter`, `http://host/v1#model`, or a mapping.
 
-    return load_model(ModelRef.model_validate(ref), device=device)
+    A mapping is what a recipe would hold, such as `{"ref": "model", "access": "probs"}`. `budget` limits what an
+    endpoint may be asked, and names the ledger that keeps its answers.
+    """
+    from lfm.models.open import open_model
+
+    return open_model(ModelRef.model_validate(ref), device=device, budget=budget)
 
 
 def run(
@@ -149,7 +155,7 @@ def measure_models(
     """Measure models side by side; `measures` is what a recipe holds under `evaluate`."""
     from lfm.evaluate.measure import measure
     from lfm.recipe.catalogue import Catalogue, short_names
-    from lfm.recipe.execute import data_problems
+    from lfm.recipe.execute import data_problems, evaluation_key
 
     problems: list[str] = []
     spec = validate_measures(measures, problems, options)
@@ -162,6 +168,7 @@ def measure_models(
     spec = spec.model_copy(update={"baseline": next(_called(spec.baseline, named), None)})
     recipe = Recipe({}, named, None, seed, spec)
     catalogue = Catalogue(recipe, settings, None)
+    catalogue.run = evaluation_key(recipe)
     problems += data_problems(recipe, catalogue)
     try:
         catalogue.outlines(refs.models)
@@ -213,6 +220,36 @@ def merge(
     return _one(method, "merge", keys, out, seed, overwrite, settings)
 
 
+def ensemble(
+    method: str | Method,
+    models: Sequence[ModelLike],
+    *,
+    out: str | Path,
+    weights: Sequence[float] | None = None,
+    data: str | Path | DataSpec | Mapping[str, Any] | None = None,
+    calibrate: str = "no",
+    length: int = 256,
+    copy_members: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    settings: Settings | None = None,
+) -> Model:
+    """Join models by what they answer, into the new folder `out`, and return a handle on it; `method` as for `merge`.
+
+    `data` are labelled examples that no member was trained on, for methods that learn and for `calibrate`.
+    """
+    keys = {
+        "models": [_plain(model) for model in models],
+        "weights": list(weights) if weights is not None else None,
+        "data": _plain(data),
+        "calibrate": calibrate,
+        "length": length,
+        "copy_members": copy_members,
+    }
+    _one(method, "ensemble", keys, out, seed, overwrite, settings)
+    return load(out)
+
+
 def tune(
     method: str | Method,
     model: ModelLike,
@@ -253,6 +290,76 @@ def evaluate(
     for note in measured.notes:
         LOG.warning("note: %s", note)
     return measured.measurements
+
+
+def rank(
+    models: Sequence[ModelLike],
+    data: str | Path | DataSpec | Mapping[str, Any],
+    *,
+    scores: Sequence[str] | None = None,
+    length: int = 256,
+    batch_size: int = 64,
+    seed: int = 0,
+    settings: Settings | None = None,
+) -> list[Ranked]:
+    """Rank models for a task by a small labelled sample of it, the best first; nothing is trained.
+
+    `scores` are names of `lfm.evaluate.transfer.SCORES`, all of them if left out; the first decides. The models may
+    have any classes, and those of them that offer too little for a score say so in `missing`. Raises RequestError for
+    models that are not there and for samples that no model could be ranked by.
+    """
+    from lfm.evaluate.transfer import SCORES
+    from lfm.evaluate.transfer.rank import rank_models
+    from lfm.models.open import Alone
+    from lfm.recipe.catalogue import Catalogue, short_names
+
+    asked = list(SCORES if scores is None else dict.fromkeys(scores))
+    known = ", ".join(SCORES)
+    problems = [
+        f"no score {name!r}{did_you_mean(name, SCORES)}; there are {known}" for name in asked if name not in SCORES
+    ]
+    problems += [] if asked and models else ["name at least one model and one score"]
+    problems += (
+        [] if min(length, batch_size) >= 1 else [f"length and batch_size: give 1 or more, got {length}, {batch_size}"]
+    )
+    given = {"models": [_plain(model) for model in models], "data": _plain(data)}
+    request = validate(_Ranking, given, Located("", None), (), problems)
+    if problems:
+        raise RequestError(*problems)
+    named = short_names(request.models)
+    catalogue = Catalogue(Recipe({}, named, None, seed, None), settings or Settings(), None)
+    sizes = _sizes(named, request.data, catalogue)
+    around = Alone(seed, catalogue.settings)
+    return rank_models(named, sizes, catalogue.rows(request.data), asked, around, length, batch_size)
+
+
+def _sizes(models: Mapping[str, ModelRef], data: DataSpec, catalogue: Catalogue) -> dict[str, tuple[int, int]]:
+    """Return parameters and bytes of models that have headers. Raises RequestError with all that cannot be ranked."""
+    from lfm.evaluate.transfer.rank import check_sample
+    from lfm.models.open import made_of_others
+
+    problems: list[str] = []
+    sizes = {}
+    for name, ref in models.items():
+        if ref.is_endpoint or made_of_others(ref) is not None:
+            continue
+        try:
+            outline = catalogue.outline(ref)
+            sizes[name] = sum(spec.size for spec in outline.specs.values() if spec.floating), outline.nbytes
+        except RequestError as error:
+            problems += error.problems
+    try:
+        check_sample(catalogue.rows(data))
+    except RequestError as error:
+        problems += error.problems
+    if problems:
+        raise RequestError(*problems)
+    return sizes
+
+
+class _Ranking(BaseModel):
+    models: list[ModelRef]
+    data: DataSpec
 
 
 def advise(have: Have) -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """What can go wrong, told to people.
 
     LfmError                the run failed                          exit code 1
+    ├── BudgetError         the queries or the money are used up
     └── RequestError        the request was wrong                   exit code 2
         ├── AccessError     a model was asked for more than its interface offers
         └── UnsafeError     a file that nobody should trust
@@ -19,6 +20,10 @@ class LfmError(Exception):
     """The run could not be finished; the message says why and what to do."""
 
     exit_code = 1
+
+
+class BudgetError(LfmError):
+    """A run has asked endpoints all that it may."""
 
 
 class RequestError(LfmError, ValueError):

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tests.killing import CONTEXT, start
 
 from lfm.checkpoint import MemoryWeights, OutputFolder, check_free, open_checkpoint, read_header, remember_output
 from lfm.checkpoint import _write as writing
@@ -468,47 +469,45 @@ def test_a_full_disk_is_known_before_the_work_and_a_rerun_works(small_disk):
 
 # --- runs that are killed
 
-SLOW_RUN = """
-import sys, time, torch
-from pathlib import Path
-from lfm.checkpoint import MemoryWeights, OutputFolder
-tensors = {f"t{i}": torch.full((64,), float(i)) for i in range(40)}
-weights = MemoryWeights(tensors)
-print("go", flush=True)
-with OutputFolder(Path(sys.argv[1]), key="k", overwrite=True) as folder:
-    writer = folder.tensors(weights.specs, shard_bytes=2000)
-    for name in tensors:
-        for _, part in weights.chunks(name, 16):
-            writer.write(name, part)
-            time.sleep(float(sys.argv[2]))
-    digest = writer.finish()
-    folder.write_json("config.json", {})
-    folder.write_json("lineage.json", {})
-    folder.commit()
-print(digest)
-"""
 
-
-def slow_run(out, pause):
-    return subprocess.Popen([sys.executable, "-c", SLOW_RUN, out, str(pause)], stdout=subprocess.PIPE, text=True)
+def slow_run(out, pause, told):
+    """Write a checkpoint at leisure; tells when it begins, and the digest of what it has written."""
+    weights = MemoryWeights({f"t{i}": torch.full((64,), float(i)) for i in range(40)})
+    told.send("go")
+    with OutputFolder(out, key="k", overwrite=True) as folder:
+        writer = folder.tensors(weights.specs, shard_bytes=2000)
+        for name in weights.specs:
+            for _, part in weights.chunks(name, 16):
+                writer.write(name, part)
+                time.sleep(pause)
+        digest = writer.finish()
+        folder.write_json("config.json", {})
+        folder.write_json("lineage.json", {})
+        folder.commit()
+    told.send(digest)
 
 
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_killed_run_leaves_nothing_half_and_a_rerun_gives_the_same(existing, tmp_path):
     out, rng = tmp_path / "out", random.Random(7)
+    heard, telling = CONTEXT.Pipe(duplex=False)
     if existing:
         make(out, key="old", tensors={"old": torch.ones(1)})
     for _ in range(3):
-        with slow_run(out, 0.002) as process:
-            assert process.stdout.readline() == "go\n"
-            end = time.monotonic() + rng.uniform(0, 0.3)
-            while time.monotonic() < end:
-                assert not out.exists() or set(loaded(out)) == {"old"}
-            process.send_signal(signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
+        process = start(slow_run, out, 0.002, telling)
+        assert heard.recv() == "go"
+        end = time.monotonic() + rng.uniform(0, 0.3)
+        while time.monotonic() < end:
+            assert not out.exists() or set(loaded(out)) == {"old"}
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert out.exists() == existing
-    with slow_run(out, 0) as process:
-        digest = process.stdout.read().split()[-1]
+    start(slow_run, out, 0, telling).join()
+    assert heard.recv() == "go"
+    digest = heard.recv()
+    heard.close()
+    telling.close()
     assert digest == open_checkpoint(out).digest
     assert digest == MemoryWeights({f"t{i}": torch.full((64,), float(i)) for i in range(40)}).digest
     assert list(tmp_path.iterdir()) == [out]

@@ -9,21 +9,16 @@ import ast
 import inspect
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 from pydantic import ValidationError
-from tests.merging import merge, near, tensors
+from tests.conformance.merges import MERGE_CHECKS
 
 from lfm.cli._root import root
-from lfm.method import Access, Card, Data, Have, Method, Needs
+from lfm.method import Access, Card, Data, Have, Needs
 from lfm.recipe.schema import json_schema
-from lfm.reuse.merge import _engine
-from lfm.reuse.merge._machine import kernels
 
 LINES = 150
 LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "pydantic"}
@@ -139,95 +134,6 @@ def stands_in_the_schema_of_recipes(card: Card) -> None:
     assert {*card.parameters.model_fields, *card.verb.inputs.model_fields} < set(found["properties"])
 
 
-# --- merges: properties of all of them, on small random models
-
-SELECTIVE = {"arcee_fusion"}  # takes over what moved most, whatever its parameters: never all of a source
-ODD = {"odd": torch.tensor([-0.0, 0.0, 1e-40, -1e-44, 3e38, 1.0])}  # what arithmetic may lose: signs of 0, denormals
-
-
-def _sources(card: Card) -> int:
-    low, high = card.needs.sources
-    return min(max(low, 3), high or 3)
-
-
-def _run(card: Card, method: Method, sources, base, **options):
-    with tempfile.TemporaryDirectory() as folder:
-        return merge(method, sources, base if card.needs.base else None, at=Path(folder), **options)
-
-
-def _whole(card: Card) -> Method:
-    """The method, with nothing dropped and the whole way gone."""
-    fields = card.parameters.model_fields
-    return card.load()(**{name: 1 for name in ("density", "scale", "alpha", "t") if name in fields})
-
-
-def _close(found, expected):
-    assert set(found) == set(expected)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
-
-
-def keeps_shapes_types_and_numbers(card: Card) -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        base = tensors(0, dtype)
-        found = _run(card, card.load()(), [near(base, seed) for seed in range(1, 1 + _sources(card))], base)
-        assert {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, dtype) for n, t in base.items()}
-        assert all(torch.isfinite(tensor).all() for tensor in found.values())
-    assert all(tensor.any() for tensor in found.values())
-
-
-def gives_back_what_is_everywhere_the_same(card: Card) -> None:
-    """Sources that are the base give the base bit for bit; without a base, equal models give that model."""
-    model = {**tensors(0), **ODD}
-    for sources in {card.needs.sources[0], _sources(card)}:
-        found = _run(card, card.load()(), [model] * sources, model)
-        if card.needs.base:
-            same = {name: torch.equal(found[name].view(torch.int32), model[name].view(torch.int32)) for name in model}
-            assert all(same.values()), same
-        else:
-            _close(found, model)
-
-
-def gives_back_a_single_source(card: Card) -> None:
-    if card.needs.sources[0] == 1 and card.name not in SELECTIVE:
-        source = near(tensors(0), 1)
-        _close(_run(card, _whole(card), [source], tensors(0)), source)
-
-
-def does_not_depend_on_the_order_of_sources(card: Card) -> None:
-    if card.needs.sources[1] is None:
-        base, weights = tensors(0), [1.0, 0.5, 2.0] if card.load().weighted else None
-        sources = [near(base, seed) for seed in (1, 2, 3)]
-        turned, turned_weights = [sources[i] for i in (2, 0, 1)], weights and [weights[i] for i in (2, 0, 1)]
-        for method in (card.load()(), _whole(card)):
-            one = _run(card, method, sources, base, weights=weights)
-            _close(_run(card, method, turned, base, weights=turned_weights), one)
-
-
-def does_not_depend_on_how_it_runs(card: Card) -> None:
-    """Threads, the size of a chunk, and whether there is a compiler: the same bytes."""
-    base = tensors(0, shapes={"w": (31, 33), "v": (700,), "none": (0, 3), "one": ()})
-    sources = [near(base, seed) for seed in range(1, 1 + _sources(card))]
-    one, two = (_run(card, card.load()(), sources, base, threads=threads) for threads in (1, 2))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_engine, "CHUNK", 64)
-        patch.setattr(_engine, "KEEP", 0)
-        three = _run(card, card.load()(), sources, base)
-        patch.setattr(kernels, "native", lambda wide: None)
-        four = _run(card, card.load()(), sources, base)
-    for other in (three, four):
-        assert all(torch.equal(one[name].view(torch.int32), other[name].view(torch.int32)) for name in one)
-
-
-def drops_nothing_at_density_one(card: Card) -> None:
-    if "density" in card.parameters.model_fields:
-        base = tensors(0)
-        sources = [{name: tensor + size for name, tensor in base.items()} for size in (0.25, 0.5, 1)][: _sources(card)]
-        one, two = (_run(card, _whole(card), sources, base, seed=seed) for seed in (0, 1))
-        assert all(torch.equal(one[name], two[name]) and (one[name] > base[name] + 0.2).all() for name in base)
-
-
 CHECKS: tuple[Callable[[Card], None], ...] = (
     says_what_it_is,
     says_what_it_needs,
@@ -239,14 +145,6 @@ CHECKS: tuple[Callable[[Card], None], ...] = (
     imports_little,
     has_a_help_page,
     stands_in_the_schema_of_recipes,
-)
-MERGE_CHECKS: tuple[Callable[[Card], None], ...] = (
-    keeps_shapes_types_and_numbers,
-    gives_back_what_is_everywhere_the_same,
-    gives_back_a_single_source,
-    does_not_depend_on_the_order_of_sources,
-    does_not_depend_on_how_it_runs,
-    drops_nothing_at_density_one,
 )
 
 

@@ -21,6 +21,7 @@ from lfm.models.encode import inputs_of
 from lfm.models.handle import Model
 from lfm.models.local import byte_tokenizer, load_model, save_model
 from lfm.models.ref import ImageSpec, ModelRef
+from lfm.models.text import Completion
 
 LLAMA = {
     "vocab_size": 260,
@@ -592,8 +593,11 @@ def test_a_handle_cannot_offer_more_than_what_is_behind_it(tiny):
         def logits(self, batch):
             return tiny.logits(batch)
 
-        def complete(self, prompts, max_new_tokens):
-            return ["" for _ in prompts]
+        def labels(self, batch):
+            return tiny.labels(batch)
+
+        def write(self, prompts, how, tell):
+            return [Completion("") for _ in prompts]
 
     with pytest.raises(AccessError, match="offers probs, cannot be opened as weights"):
         Model(Endpoint(), Access.WEIGHTS, "causal-lm", tiny.encoder, "endpoint")

@@ -196,6 +196,12 @@ def test_where_directions_balance_out_the_weighted_average_is_left(method, tmp_p
     torch.testing.assert_close(found, sum(model["w"] for model in star) / 3)
     found = merge(method, [STRANGERS[0], {n: -2 * t for n, t in STRANGERS[0].items()}], at=tmp_path)
     assert agrees(found, each_tensor(lambda x: -0.5 * x, STRANGERS[0]))
+    sizes = torch.linspace(0.3, 3, 40).tolist()  # of opposite models: what is left of the directions is rounding
+    single = {f"w{number}": STRANGERS[0]["layers.1.weight"].clone() for number in range(len(sizes))}
+    opposite = {name: -size * single[name] for name, size in zip(single, sizes, strict=True)}
+    found = merge(method, [single, opposite], at=tmp_path)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, (single[name] + opposite[name]) / 2)
 
 
 def test_multislerp_keeps_tensors_that_no_source_changed(tmp_path):

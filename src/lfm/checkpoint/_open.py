@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lfm.checkpoint import _digests
 from lfm.checkpoint._header import Spec, read_header
+from lfm.checkpoint._manifest import MANIFEST, NoWeights
 from lfm.checkpoint._weights import Files, MemoryWeights, Weights, as_bytes, raw_bytes, torch_dtype
 from lfm.errors import AccessError, RequestError, UnsafeError, did_you_mean
 
@@ -225,6 +226,8 @@ def _open_path(ref: str, path: Path, allow_pickle: bool) -> Checkpoint:
     refuse_partial(folder)
     if path.is_file():
         return Checkpoint(ref, _weights([path], allow_pickle=allow_pickle), folder)
+    if (path / MANIFEST).is_file():
+        return Checkpoint(ref, NoWeights(path, read_json(path / MANIFEST)), path)
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         raise RequestError(f"{ref}: an adapter, not a model; name its base too: base+{ref}")
     config = read_json(path / "config.json") if (path / "config.json").is_file() else None

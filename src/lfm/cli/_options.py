@@ -26,6 +26,7 @@ HEADINGS = {
     "Output": ("out", "overwrite", "dry_run", "json_", "print_recipe"),
     "Measures": ("accuracy", "perplexity", "drift", "baseline"),
     "Running": ("seed", "device", "threads", "memory", "allow_pickle", "quiet"),
+    "Endpoints": ("max_queries", "max_cost", "ledger"),
 }
 
 
@@ -72,15 +73,44 @@ def settings_options(command: Command) -> Command:
             ),
             click.option("--allow-pickle", is_flag=True, help="Read PyTorch pickle weights (tensors only)."),
             click.option("-q", "--quiet", is_flag=True, help="No progress bar."),
+            click.option(
+                "--max-queries", type=click.IntRange(0), metavar="INTEGER", help="Most new requests of each step."
+            ),
+            click.option(
+                "--max-cost", type=click.FloatRange(0), metavar="NUMBER", help="Most that they may cost, by `endpoint`."
+            ),
+            ledger_option,
         )
     ):
         command = option(command)
     return command
 
 
-def settings_from(device: str, threads: int | None, memory: int | None, allow_pickle: bool, quiet: bool) -> Settings:
+ledger_option = click.option(
+    "--ledger", type=click.Path(path_type=Path), metavar="FILE", help="Where answers of endpoints are kept."
+)
+
+
+def settings_from(
+    device: str,
+    threads: int | None,
+    memory: int | None,
+    allow_pickle: bool,
+    quiet: bool,
+    max_queries: int | None = None,
+    max_cost: float | None = None,
+    ledger: Path | None = None,
+) -> Settings:
     """Return the settings that those options describe."""
-    settings = Settings(device=device, allow_pickle=allow_pickle, quiet=quiet, memory=memory)
+    settings = Settings(
+        device=device,
+        allow_pickle=allow_pickle,
+        quiet=quiet,
+        memory=memory,
+        max_queries=max_queries,
+        max_cost=max_cost,
+        ledger=ledger,
+    )
     return settings if threads is None else replace(settings, threads=threads)
 
 

@@ -40,7 +40,7 @@ class Root(Suggesting):
 
 SECTIONS = {
     "Run recipes": ("run", "validate", "recipes", "convert-config"),
-    "Look at models": ("evaluate", "inspect", "diff", "verify"),
+    "Look at models": ("evaluate", "rank", "inspect", "diff", "verify", "ledger"),
     "Find out": ("methods", "advise", "env", "completion"),
 }
 
@@ -296,6 +296,139 @@ def evaluate(
     measure_and_tell(
         [options.inline(model) for model in models], measures, options.settings_from(**how), out, seed, json_
     )
+
+
+@root.group(cls=Suggesting, invoke_without_command=True)
+@options.ledger_option
+@click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
+@click.pass_context
+def ledger(ctx: click.Context, ledger: Path | None, json_: bool) -> None:
+    """What endpoints were asked and what it cost: list, show, export, forget. Alone, it lists."""
+    if ctx.invoked_subcommand is None:
+        from lfm.cli._ledger import tell_usage
+
+        tell_usage(ledger, json_)
+    elif json_ or ledger:
+        ctx.default_map = {name: {"ledger": ledger, "json_": json_} for name in ("list", "show", "export", "forget")}
+
+
+@ledger.command("list")
+@options.ledger_option
+@click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
+def list_endpoints(ledger: Path | None, json_: bool) -> None:
+    """List the endpoints: requests, answers from the ledger, tokens, cost, what stayed unanswered."""
+    from lfm.cli._ledger import tell_usage
+
+    tell_usage(ledger, json_)
+
+
+@ledger.command("show")
+@click.argument("key")
+@options.ledger_option
+@click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
+def show_request(key: str, ledger: Path | None, json_: bool) -> None:
+    """Print one request with its answer; KEY is the beginning of its key, as `export` tells it."""
+    from lfm.cli._ledger import tell_request
+
+    tell_request(ledger, key, json_)
+
+
+@ledger.command("export")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--endpoint", metavar="URL", help="Of this endpoint alone: http://host/v1, or http://host/v1#model.")
+@options.ledger_option
+@click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
+def export_ledger(file: Path, endpoint: str | None, ledger: Path | None, json_: bool) -> None:
+    """Write every request with its answer into FILE, a JSON object a line."""
+    from lfm.cli._ledger import export
+
+    export(ledger, file, endpoint, json_)
+
+
+@ledger.command("forget")
+@click.option("--endpoint", metavar="URL", required=True, help="http://host/v1, or http://host/v1#model.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@options.ledger_option
+@click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
+def forget_endpoint(endpoint: str, yes: bool, ledger: Path | None, json_: bool) -> None:
+    """Remove what an endpoint was asked and what it answered; it will be asked, and paid, again."""
+    from lfm.cli._ledger import forget
+
+    forget(ledger, endpoint, yes, json_)
+
+
+@root.command(cls=options.Grouped)
+@click.argument("models", nargs=-1, metavar="MODEL...")
+@click.option("--name", "names", multiple=True, metavar="NAME", help="Name to serve a model under; one for each model.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, metavar="PORT", help="0 for any free one."
+)
+@click.option("--token-env", metavar="VARIABLE", help="Ask clients for the token in this environment variable.")
+@click.option("--allow-open", is_flag=True, help="Let other machines in without a token.")
+@click.option(
+    "--access",
+    type=click.Choice(["labels", "probs"]),
+    default="probs",
+    show_default=True,
+    help="What clients get: text and labels alone, or probabilities too.",
+)
+@click.option(
+    "--together",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    metavar="INTEGER",
+    help="Answer up to this many waiting prompts in one batch.",
+)
+@options.settings_options
+def serve(
+    models: tuple[str, ...],
+    names: tuple[str, ...],
+    host: str,
+    port: int,
+    token_env: str | None,
+    allow_open: bool,
+    access: str,
+    together: int,
+    **how: Any,
+) -> None:
+    """Serve models: the OpenAI protocol for text, /predict for texts and images to classify."""
+    from lfm.cli._serve import serve_models
+    from lfm.serve.run import Serving
+
+    if not models:
+        raise RequestError("which models? name them: `lfm serve runs/mine`")
+    place = Serving(host, port, token_env, allow_open, Access(level(Access, access)), together)
+    serve_models([options.inline(model) for model in models], names, place, options.settings_from(**how))
+
+
+@root.command(cls=options.Grouped)
+@click.argument("models", nargs=-1, metavar="MODEL...")
+@click.option("--data", metavar="DATA", help="A small labelled sample of the task.  [required]")
+@click.option("--scores", metavar="A,B,...", help="Scores to compute, all if left out; the first decides the order.")
+@click.option("--length", type=click.IntRange(2), default=256, show_default=True, metavar="INTEGER", help="Tokens.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=64, show_default=True, metavar="INTEGER", help="Examples at a time."
+)
+@options.seed_option
+@click.option("--json", "json_", is_flag=True, help="Answer in JSON.")
+@options.settings_options
+def rank(models: tuple[str, ...], data: str | None, scores: str | None, json_: bool, **how: Any) -> None:
+    """Rank models for a task by a small labelled sample: scores, cost, and what could not be computed.
+
+    Nothing is trained, and the models need not know the sample's classes.
+    """
+    from lfm.cli._rank import rank_and_tell
+
+    problems = [] if models else ["which models? name them: `lfm rank A B C --data sample.csv`"]
+    problems += [] if data else ["which task? pass a labelled sample: --data sample.csv"]
+    if problems:
+        raise RequestError(*problems)
+    sizes = {name: how.pop(name) for name in ("length", "batch_size", "seed")}
+    names = None if scores is None else [name.strip() for name in scores.split(",")]
+    found = [options.inline(model) for model in models]
+    rank_and_tell(found, options.inline(str(data)), names, options.settings_from(**how), json_, **sizes)
 
 
 @root.group(cls=Suggesting)

@@ -157,9 +157,8 @@ def _run_method(card: Card, values: dict[str, Any]) -> None:
 
 def _run(make: Callable[..., Recipe], values: dict[str, Any]) -> None:
     """Make a recipe, with what the options that all commands share say, and run it."""
-    settings = options.settings_from(
-        *(values.pop(name) for name in ("device", "threads", "memory", "allow_pickle", "quiet"))
-    )
+    names = ("device", "threads", "memory", "allow_pickle", "quiet", "max_queries", "max_cost", "ledger")
+    settings = options.settings_from(**{name: values.pop(name) for name in names})
     measures = options.measures_from(*(values.pop(name) for name in ("accuracy", "perplexity", "drift")))
     out, overwrite, dry_run, json_, seed, print_recipe = (
         values.pop(name) for name in ("out", "overwrite", "dry_run", "json_", "seed", "print_recipe")

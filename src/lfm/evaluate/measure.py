@@ -1,6 +1,6 @@
 """Measuring models on data: accuracy and calibration, perplexity, drift from a baseline.
 
-Each measure takes a handle and needs no more of it than its interface gives: probabilities.
+Each measure takes a handle and needs no more of it than its interface gives: probabilities, or labels for accuracy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lfm.evaluate.spec import Evaluate, Harness
 from lfm.method import Access
 from lfm.models.encode import IGNORE, Batch, Examples, targets
 from lfm.models.handle import Model
-from lfm.models.local import load_model
+from lfm.models.open import open_in
 from lfm.models.ref import ModelRef
 from lfm.progress import Progress
 from lfm.recipe.step import Context
@@ -99,10 +99,7 @@ def _harness(
 
 
 def _load(ref: ModelRef, context: Context) -> Model:
-    found = context.resolve(ref)
-    settings = context.settings
-    model = load_model(found, seed=context.seed, device=settings.device, allow_pickle=settings.allow_pickle)
-    return model.restrict(Access.PROBS)
+    return open_in(context, context.resolve(ref)).restrict(Access.PROBS)
 
 
 Look = Callable[[Measured, str, str, Model, Examples, Evaluate], None]
@@ -133,9 +130,14 @@ def _log_probs(model: Model, batch: Batch) -> torch.Tensor:
 
 
 def _classify(measured: Measured, name: str, data: str, model: Model, examples: Examples, spec: Evaluate) -> None:
-    """Accuracy, negative log-likelihood, calibration error."""
+    """Accuracy, negative log-likelihood, calibration error; of a model that gives labels alone, accuracy."""
     if not model.task.endswith("classification"):
         raise RequestError(f"accuracy takes a classifier, and this is a {model.task} model")
+    if model.access < Access.PROBS:
+        chosen = ((model.labels(batch).cpu(), batch["labels"]) for batch in batches(examples, spec.batch_size))
+        right = torch.cat([found == wanted for found, wanted in chosen])
+        measured.add(name, "accuracy", data, "higher", "%", percent(share(int(right.sum()), len(right))))
+        return
     correct, confidence, nll = [], [], []
     for batch in batches(examples, spec.batch_size):
         log_probs = _log_probs(model, batch)

@@ -64,10 +64,10 @@ def pretrained_model(
             f"{ref.label}: its tokenizer has {len(tokenizer):,} tokens, and its vocab_size is {config.vocab_size:,}"
         )
     pad = getattr(config, "pad_token_id", None)
-    return module, task, Encoder(task, tokenizer, image, own, _context(module, config), pad or 0)
+    return module, task, Encoder(task, tokenizer, image, own, context_of(module, config), pad or 0)
 
 
-def _context(module: nn.Module, config: Any) -> int | None:
+def context_of(module: nn.Module, config: Any) -> int | None:
     """Return how many tokens a model takes; tables of positions that begin behind padding have fewer than rows."""
     found = [
         table.num_embeddings - table.padding_idx - 1

@@ -15,7 +15,7 @@ from lfm.data import Rows
 from lfm.errors import RequestError
 from lfm.models.ref import ImageSpec, Task
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]  # tensors; raw texts or images for an endpoint, one batch for each member of an ensemble
 IGNORE = -100  # a label that takes no part in the loss; torch's and transformers' convention
 
 
@@ -67,7 +67,7 @@ class Encoder:
         for rows that do not fit the model's task.
         """
         if self.task == "image-classification":
-            return Images(rows, self._spec(), self._labels(rows, labelled))
+            return Images(rows, self._spec(), self.labels(rows, labelled))
         examples = self._tokens(rows, length, packed, labelled)
         if self.context is not None and examples.longest > self.context:
             raise RequestError(
@@ -82,7 +82,7 @@ class Encoder:
                 f"{rows.origin}: text needs a tokenizer, and the model has none; name one (`tokenizer:`)"
             )
         if self.task == "text-classification":
-            return Texts(rows, self.tokenizer, length, self._labels(rows, labelled), self.pad)
+            return Texts(rows, self.tokenizer, length, self.labels(rows, labelled), self.pad)
         if rows.kind == "instruction":
             return Answers(rows, self.tokenizer, length)
         if "text" in rows.columns:
@@ -94,8 +94,9 @@ class Encoder:
             raise RequestError("an image model needs to know its input: give the model `image: {size: ..., mean: ...}`")
         return self.image
 
-    def _labels(self, rows: Rows, labelled: bool) -> torch.Tensor:
-        needed = {"image" if self.image else "text"} | ({"label"} if labelled else set())
+    def labels(self, rows: Rows, labelled: bool) -> torch.Tensor:
+        """Return the class of each row (n,), or zeros without `labelled`."""
+        needed = {"image" if self.task == "image-classification" else "text"} | ({"label"} if labelled else set())
         if not needed <= rows.columns.keys():
             raise _does_not_fit(rows, self.task)
         if not labelled:

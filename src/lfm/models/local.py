@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,12 +22,17 @@ from lfm.checkpoint import (
 )
 from lfm.errors import LfmError, RequestError
 from lfm.method import Access
+from lfm.models._hidden import Loss, gradients_to_input, hidden_features
 from lfm.models._plain import build_plain, plain_module
 from lfm.models._pretrained import auto_class, byte_tokenizer, config_of, pretrained_model, task_of
 from lfm.models._surroundings import first_line, quiet_transformers
+from lfm.models._wording import Wording
+from lfm.models.anatomy import anatomy
 from lfm.models.encode import Batch, inputs_of
-from lfm.models.handle import Model
+from lfm.models.handle import Model, Tell
 from lfm.models.ref import ImageSpec, ModelRef, Task
+from lfm.models.text import Completion, Prompt, Sampling
+from lfm.models.writing import ModuleStepper, Stepper, TextModel, write
 from lfm.recipe.step import Outline
 
 
@@ -44,28 +50,45 @@ class LocalBackend:
         return next(self.module.parameters()).device
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        self.module.eval()
         with torch.no_grad():  # not inference_mode: a student may learn from what comes out
-            inputs = {name: value.to(self.device) for name, value in inputs_of(batch).items()}
-            return forward(self.module, inputs).float()
+            return self._run(self._inputs(batch)).float()
 
-    def complete(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    def features(self, batch: Batch) -> torch.Tensor:
+        return hidden_features(self.module, self._head, self._run, self._inputs(batch))
+
+    def input_gradients(self, batch: Batch, loss: Loss) -> torch.Tensor:
+        return gradients_to_input(self.module, self._run, self._inputs(batch), loss)
+
+    @cached_property
+    def _head(self) -> str | None:
+        return anatomy(self.module).head
+
+    def _inputs(self, batch: Batch) -> Batch:
+        return {name: value.to(self.device) for name, value in inputs_of(batch).items()}
+
+    def _run(self, inputs: Batch) -> torch.Tensor:
+        self.module.eval()
+        return forward(self.module, inputs)
+
+    def labels(self, batch: Batch) -> torch.Tensor:
+        return self.logits(batch).argmax(-1)
+
+    def stepper(self) -> Stepper:
+        self._text_model()
+        self.module.eval()
+        return ModuleStepper(self.module)
+
+    @property
+    def wording(self) -> Wording:
+        return self._text_model().wording
+
+    def write(self, prompts: Sequence[Prompt], how: Sampling, tell: Tell | None) -> list[Completion]:
+        return write(self._text_model(), prompts, how, tell)
+
+    def _text_model(self) -> TextModel:
         if self._tokenizer is None or not hasattr(self.module, "generate"):
             raise RequestError("this model does not write text")
-        self.module.eval()
-        generate: Any = self.module.generate
-        answers = []
-        for prompt in prompts:
-            ids = torch.tensor([self._tokenizer(prompt, verbose=False)["input_ids"]], dtype=torch.long)
-            if not ids.numel():
-                raise RequestError("an empty prompt is nothing to go on from: the tokenizer marks no beginning")
-            ids = ids.to(self.device)
-            with torch.inference_mode(), quiet_transformers():
-                made = generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
-                )
-            answers.append(self._tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
-        return answers
+        return TextModel(self.module, self._tokenizer)
 
 
 def forward(module: nn.Module, inputs: Batch) -> torch.Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lfm.method import Access
+
+DEFAULT_KEY = "OPENAI_API_KEY"
 Task = Literal["causal-lm", "masked-lm", "text-classification", "image-classification"]
 
 
@@ -30,15 +35,51 @@ class ImageSpec(BaseModel):
         return self
 
 
+class EndpointSpec(BaseModel):
+    """How an endpoint is spoken to. Its key is named, never given: it stays in the environment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    api: Literal["auto", "chat", "completions"] = Field(
+        "auto", description="`auto` sends texts to /completions, where there is one, and conversations to chat."
+    )
+    key: str = Field(
+        DEFAULT_KEY,
+        description="Environment variable that holds the key; none is sent where it is empty, or the default not set.",
+    )
+    price_in: float | None = Field(None, ge=0, description="Price of a million tokens that are sent.")
+    price_out: float | None = Field(None, ge=0, description="Price of a million tokens that come back.")
+    timeout: float = Field(120.0, gt=0, description="Seconds that one request may take.")
+    concurrency: int = Field(8, ge=1, le=256, description="Requests under way at a time.")
+    retries: int = Field(5, ge=0, le=100, description="How often a request that failed is sent again.")
+    backoff: float = Field(0.5, gt=0, description="Seconds before it is sent again, doubled each time, with chance.")
+
+    @field_validator("key")
+    @classmethod
+    def _names_a_variable(cls, value: str) -> str:
+        if value and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+            raise ValueError(
+                "must be the name of an environment variable, in capitals (such as OPENAI_API_KEY); "
+                "the key itself has no place here"
+            )
+        return value
+
+
+AccessName = Literal["labels", "probs", "logits", "gradients", "weights"]
+
+
 class ModelRef(BaseModel):
     """A model: one that exists (`ref`), one that is made from a config (`config`), or a plain module's weights.
 
-    A string is short for `{ref: <string>}`: a name of the recipe, a folder, `org/name[@revision]`, `base+adapter`.
+    A string is short for `{ref: <string>}`: a name of the recipe, a folder, `org/name[@revision]`, `base+adapter`,
+    `http://host/v1#model`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    ref: str | None = Field(None, description="Name in the recipe, folder, org/name[@revision], base+adapter.")
+    ref: str | None = Field(
+        None, description="Name in the recipe, folder, org/name[@revision], base+adapter, http://host/v1#model."
+    )
     config: str | dict[str, Any] | None = Field(
         None, description="Make a new model from this transformers config (a file, or its content)."
     )
@@ -52,6 +93,10 @@ class ModelRef(BaseModel):
     arguments: dict[str, Any] = Field({}, description="Arguments of that function.")
     task: Task | None = Field(None, description="What the model is for, where its config does not say.")
     image: ImageSpec | None = Field(None, description="What a plain image module takes as input.")
+    access: AccessName | None = Field(
+        None, description="Use no more of the model than this; endpoints offer labels, or probs where this says so."
+    )
+    endpoint: EndpointSpec | None = Field(None, description="How an endpoint is spoken to.")
 
     @model_validator(mode="before")
     @classmethod
@@ -65,6 +110,35 @@ class ModelRef(BaseModel):
         if self.config and (self.ref or self.module):
             raise ValueError("`config` makes a new model; it does not go with `ref` or `module`")
         return self
+
+    @model_validator(mode="after")
+    def _endpoint_is_whole(self) -> ModelRef:
+        if not self.is_endpoint:
+            if self.endpoint is not None:
+                raise ValueError("`endpoint` goes with a `ref` such as http://host/v1#model")
+            return self
+        parts = urlsplit(str(self.ref))
+        if "@" in parts.netloc:
+            raise ValueError("an endpoint's address holds no password; name a variable: `endpoint: {key: VARIABLE}`")
+        if not parts.hostname or not parts.fragment or parts.query:
+            raise ValueError("an endpoint is written http://host/v1#model, with nothing in between")
+        if self.access not in (None, "labels", "probs"):
+            raise ValueError(f"an endpoint offers labels or probs, not {self.access}")
+        if self.module or self.image:
+            raise ValueError("an endpoint brings its own code; leave out `module` and `image`")
+        return self
+
+    @property
+    def is_endpoint(self) -> bool:
+        """Whether the model is behind an HTTP endpoint."""
+        return self.ref is not None and self.ref.startswith(("http://", "https://"))
+
+    @property
+    def offers(self) -> Access:
+        """The most that may be asked of the model."""
+        if self.access is not None:
+            return Access[self.access.upper()]
+        return Access.LABELS if self.is_endpoint else Access.WEIGHTS
 
     def __hash__(self) -> int:
         return hash(self.ref or self.module)  # `arguments` and `config` may hold dictionaries

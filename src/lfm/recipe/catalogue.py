@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lfm.checkpoint import Checkpoint, open_checkpoint
+from lfm.checkpoint import Checkpoint, NoWeights, open_checkpoint
 from lfm.data import DataSpec, Rows, read
-from lfm.errors import RequestError
+from lfm.errors import AccessError, RequestError
+from lfm.method import Access
 from lfm.models.ref import ModelRef
 from lfm.recipe.schema import Recipe, Step, dump
 from lfm.recipe.step import Outline, Settings
@@ -22,6 +23,7 @@ class Catalogue:
         self.seed = recipe.seed
         self.settings = settings
         self._recipe = recipe
+        self.run = ""  # what requests to endpoints are counted under
         self.out = None if out is None else _expanded(out)
         self._planned: dict[str, Outline] = {}
         self._rows: dict[str, Rows] = {}
@@ -41,15 +43,16 @@ class Catalogue:
         if ref.ref in self._planned:
             # The output is a checkpoint of its own; of the model it was made like, only what no file says is kept.
             like = self._planned[ref.ref].ref
-            kept = like.model_copy(update={"ref": str(self.target(self._recipe.steps[ref.ref])), "config": None})
-            return kept.model_copy(update={"tokenizer": None})
-        return self._recipe.models.get(ref.ref, ref) if ref.ref else ref
+            place = str(self.target(self._recipe.steps[ref.ref]))
+            return like.model_copy(update={"ref": place, "config": None, "tokenizer": None, "access": ref.access})
+        found = self._recipe.models.get(ref.ref, ref) if ref.ref else ref
+        return found if ref.access is None or found is ref else _narrowed(found, ref)
 
     def outline(self, ref: ModelRef) -> Outline:
         """Return what a model looks like, whether it exists already or will be made by a step."""
         if ref.ref in self._planned:
             planned = self._planned[ref.ref]
-            return Outline(ref, planned.specs, planned.config, planned.vocabulary)
+            return Outline(ref, planned.specs, planned.config, planned.vocabulary, planned.access)
         if ref.ref in self._recipe.steps:
             raise RequestError(f"{ref.ref!r} cannot be made (see above), so this cannot be planned")
         found = self.resolve(ref)
@@ -57,9 +60,16 @@ class Catalogue:
             from lfm.models.local import outline_new
 
             return outline_new(found)
-        checkpoint = self.open(ref)
+        if found.is_endpoint:
+            from lfm.models.endpoint import check_endpoint
+
+            check_endpoint(found, self.settings.max_cost)
+            return Outline(found, {}, access=found.offers)
+        checkpoint = self._checkpoint(found)
         named = found if found.module or found.image or found.task else ref
-        return Outline(named, checkpoint.specs, checkpoint.config, checkpoint.vocabulary)
+        made_of_others = isinstance(checkpoint.weights, NoWeights)
+        access = Access.PROBS if made_of_others else Access.WEIGHTS
+        return Outline(named, checkpoint.specs, checkpoint.config, checkpoint.vocabulary, min(access, found.offers))
 
     def outlines(self, refs: Sequence[ModelRef]) -> list[Outline]:
         """Return the outlines of several models, or raise RequestError with what is wrong with any of them."""
@@ -79,9 +89,21 @@ class Catalogue:
         found = self.resolve(ref)
         if found.ref is None:
             raise RequestError(f"{ref.label}: a new model has no weights yet; train it first")
-        if found.ref not in self._checkpoints:
-            self._checkpoints[found.ref] = open_checkpoint(found.ref, allow_pickle=self.settings.allow_pickle)
-        return self._checkpoints[found.ref]
+        if found.access is not None and found.offers < Access.WEIGHTS:
+            raise AccessError(f"{ref.label}: its `access` is {found.access}, and this needs its weights")
+        return self._checkpoint(found)
+
+    def behind(self, ref: ModelRef) -> Checkpoint | None:
+        """Return the checkpoint of a model whatever its access, to say what it is; None where there is none."""
+        found = self.resolve(ref)
+        return None if found.ref is None or found.is_endpoint else self._checkpoint(found)
+
+    def _checkpoint(self, found: ModelRef) -> Checkpoint:
+        """Open what a resolved reference names."""
+        place = str(found.ref)
+        if place not in self._checkpoints:
+            self._checkpoints[place] = open_checkpoint(place, allow_pickle=self.settings.allow_pickle)
+        return self._checkpoints[place]
 
     def rows(self, spec: DataSpec) -> Rows:
         """Read data, once."""
@@ -91,21 +113,28 @@ class Catalogue:
         return self._rows[key]
 
     def digest(self, ref: ModelRef) -> str:
-        """Return the digest of a model's weights; for a new one, that of what it is made from."""
+        """Return the digest of a model's weights; for a new one, that of what it is made from.
+
+        That of an endpoint tells which one it is, and not what is behind it, which nobody can see.
+        """
         found = self.resolve(ref)
+        if found.is_endpoint:
+            return hashlib.sha256(dump(_asked_for(found)).encode()).hexdigest()
         if found.ref is not None:
-            return self.open(ref).digest
+            return self._checkpoint(found).digest
         return hashlib.sha256(dump([found.model_dump(mode="json"), self.seed]).encode()).hexdigest()
 
     def identity(self, ref: ModelRef) -> dict[str, Any]:
         """Return everything about a model that can decide what is made of it, but not where it lies."""
         found = self.resolve(ref)
+        if found.is_endpoint:
+            return {**_asked_for(found), "digest": self.digest(ref)}
         about = found.model_dump(mode="json", exclude={"ref"}, exclude_defaults=True)
         for named in (str(found.module).rpartition(":")[0], found.config):
             if isinstance(named, str) and Path(named).is_file():
                 about[f"content of {named}"] = hashlib.sha256(Path(named).read_bytes()).hexdigest()
         if found.ref is not None:
-            checkpoint = self.open(ref)
+            checkpoint = self._checkpoint(found)
             about["config"] = checkpoint.config
             for file in checkpoint.side_files:
                 about[f"file {file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -131,12 +160,31 @@ def short_names(refs: Iterable[ModelRef]) -> dict[str, ModelRef]:
     """Return models by short names, the last part of a path; by the whole path where that is that of another, too."""
     refs = list(refs)
     refs = [ref for index, ref in enumerate(refs) if ref not in refs[:index]]
-    short = [Path(ref.label).name or ref.label if ref.ref else ref.label for ref in refs]
+    short = [_short_name(ref) for ref in refs]
     found: dict[str, ModelRef] = {}
     for name, ref in zip(short, refs, strict=True):
         free = name if short.count(name) == 1 else ref.label
         found[free if free not in found else f"{free} ({len(found) + 1})"] = ref
     return found
+
+
+def _short_name(ref: ModelRef) -> str:
+    if ref.is_endpoint:
+        return ref.label.partition("#")[2]
+    return Path(ref.label).name or ref.label if ref.ref else ref.label
+
+
+def _narrowed(found: ModelRef, ref: ModelRef) -> ModelRef:
+    """Return a model of the recipe with the access that a step leaves itself, which cannot be more than it has."""
+    least = min(found.offers if found.access is not None else ref.offers, ref.offers)
+    return found.model_copy(update={"access": least.name.lower()})
+
+
+def _asked_for(endpoint: ModelRef) -> dict[str, Any]:
+    """Return everything about an endpoint that can decide what it answers; its key and its prices do not."""
+    about = endpoint.model_dump(mode="json", exclude={"endpoint"}, exclude_defaults=True)
+    api = endpoint.endpoint.api if endpoint.endpoint is not None else "auto"
+    return {**about, "api": api}
 
 
 def _expanded(folder: Path) -> Path:

@@ -13,8 +13,10 @@ from typing import Any
 from lfm import __version__
 from lfm.checkpoint import OutputFolder, check_free, open_checkpoint, remember_output
 from lfm.data import DataSpec
-from lfm.errors import RequestError
+from lfm.errors import AccessError, RequestError
 from lfm.evaluate.harness import require
+from lfm.method import Access
+from lfm.models.ref import ModelRef
 from lfm.recipe.catalogue import Catalogue
 from lfm.recipe.lineage import LINEAGE, ancestors, environment, model_card, parent, read_lineage
 from lfm.recipe.schema import Recipe, Step, dump, in_order
@@ -50,6 +52,7 @@ def plan(recipe: Recipe, settings: Settings, out: Path | None = None) -> RunPlan
     for step in in_order(recipe.steps):
         prefix = "" if recipe.single else f"step {step.name}: "
         try:
+            _check_access(step, catalogue)
             step_plan = step.card.verb.engine().plan(step.method, step.inputs, catalogue)
         except RequestError as error:
             made.problems += [f"{prefix}{problem}" for problem in error.problems]
@@ -59,7 +62,44 @@ def plan(recipe: Recipe, settings: Settings, out: Path | None = None) -> RunPlan
         made.problems += [f"{prefix}{problem}" for problem in (*step.card.needs.absent_packages(), *step_plan.problems)]
         made.steps.append((step, step_plan))
     made.problems += data_problems(recipe, catalogue)
+    if recipe.evaluate is not None:
+        made.problems += [line for line in endpoint_problems(recipe, catalogue) if line not in made.problems]
     return made
+
+
+def _check_access(step: Step, catalogue: Catalogue) -> None:
+    """Refuse models that offer less than the method asks for. Raises AccessError."""
+    needed = step.card.needs.access
+    problems = []
+    for _, ref in step.roles():
+        offers = _offers(ref, catalogue)
+        if offers < needed:
+            problems.append(
+                f"{ref.label}: offers {offers.name.lower()}, and {step.card.verb.name} {step.card.name} "
+                f"needs {needed.name.lower()}"
+            )
+    if problems:
+        raise AccessError(*problems)
+
+
+def _offers(ref: ModelRef, catalogue: Catalogue) -> Access:
+    """Return what a model offers; what its reference allows where it cannot be looked at, which is told elsewhere."""
+    try:
+        return min(catalogue.outline(ref).access, catalogue.resolve(ref).offers)
+    except RequestError:
+        return catalogue.resolve(ref).offers
+
+
+def endpoint_problems(recipe: Recipe, catalogue: Catalogue) -> list[str]:
+    """Return what keeps endpoints that are to be measured from being asked, as far as that is known here."""
+    problems: list[str] = []
+    for ref in recipe.models.values():
+        try:
+            if ref.is_endpoint:
+                catalogue.outline(ref)
+        except RequestError as error:
+            problems += error.problems
+    return problems
 
 
 def data_problems(recipe: Recipe, catalogue: Catalogue) -> list[str]:
@@ -76,6 +116,14 @@ def data_problems(recipe: Recipe, catalogue: Catalogue) -> list[str]:
         except RequestError as error:
             problems += [f"evaluate harness: {problem}" for problem in error.problems]
     return problems
+
+
+def evaluation_key(recipe: Recipe) -> str:
+    """Return what the requests of an evaluation are counted under: the same models and data, the same key."""
+    models = {name: ref.model_dump(mode="json", exclude_defaults=True) for name, ref in recipe.models.items()}
+    told = None if recipe.evaluate is None else recipe.evaluate.model_dump(mode="json")
+    steps = [step.as_dict() for step in recipe.steps.values()]
+    return f"evaluate {hashlib.sha256(dump([models, steps, told, recipe.seed]).encode()).hexdigest()}"
 
 
 def _evaluation_data(recipe: Recipe) -> Iterator[tuple[str, DataSpec]]:
@@ -243,13 +291,11 @@ def _run_step(step: Step, recipe: Recipe, catalogue: Catalogue, overwrite: bool)
     key = step_key(step, catalogue) if not streams else dump(step.as_dict())
     with OutputFolder(target, key=key, overwrite=overwrite) as folder:
         started = time.perf_counter()
+        catalogue.run = key
         result = engine.run(step.method, step.inputs, catalogue, folder)
         key = step_key(step, catalogue) if streams else key
-        existing = [(role, ref) for role, ref in step.roles() if catalogue.resolve(ref).ref is not None]
-        parents = [
-            parent(role, ref.label, catalogue.open(ref) if (role, ref) in existing else None, catalogue.digest(ref))
-            for role, ref in step.roles()
-        ]
+        parents = [parent(role, ref.label, catalogue.behind(ref), catalogue.digest(ref)) for role, ref in step.roles()]
+        existing = [found for ref in step.models() if (found := catalogue.behind(ref)) is not None]
         lineage = {
             "lfm": __version__,
             "key": key,
@@ -260,7 +306,7 @@ def _run_step(step: Step, recipe: Recipe, catalogue: Catalogue, overwrite: bool)
             "inputs": _told_inputs(step, catalogue),
             "seed": recipe.seed,
             "parents": parents,
-            "ancestors": ancestors([catalogue.open(ref) for _, ref in existing]),
+            "ancestors": ancestors(existing),
             "output": {"digest": result.digest},
             "change": dict(result.change),
             "metrics": dict(result.metrics),
@@ -269,8 +315,9 @@ def _run_step(step: Step, recipe: Recipe, catalogue: Catalogue, overwrite: bool)
             "environment": environment(),
         }
         folder.write_json(LINEAGE, lineage)
-        card = model_card(target.name, step.card, lineage, [catalogue.open(ref) for _, ref in existing], step.as_dict())
+        card = model_card(target.name, step.card, lineage, existing, step.as_dict())
         folder.write_text("README.md", card)
         folder.commit()
-    remember_output(target, result.digests)
+    if result.digests:
+        remember_output(target, result.digests)
     return StepRun(step, target, lineage, skipped=False)

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,16 @@ LICENSES = (
 def environment() -> dict[str, str]:
     """Return the versions that decide what comes out."""
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return found | {package: version for package in PACKAGES if (version := _version(package))}
+
+
+@cache
+def _version(package: str) -> str | None:
+    """Return the version that this process has: looking it up takes as long as a small merge."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def parent(role: str, label: str, checkpoint: Checkpoint | None, digest: str) -> dict[str, Any]:

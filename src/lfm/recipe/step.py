@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lfm.checkpoint import Checkpoint, OutputFolder, Spec
 from lfm.data import DataSpec
+from lfm.method import Access
+from lfm.models.ledger import Budget
 from lfm.models.ref import ModelRef
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ class Outline:
     specs: Mapping[str, Spec]
     config: Mapping[str, Any] | None = None
     vocabulary: Mapping[str, int] | None = None
+    access: Access = Access.WEIGHTS  # what it offers at most
 
     @property
     def nbytes(self) -> int:
@@ -66,6 +70,13 @@ class Settings:
     quiet: bool = False
     save_seconds: float = 600.0
     memory: int | None = None  # bytes that a merge may hold; None for what is fastest
+    max_queries: int | None = None  # requests that a step may send to endpoints, all of its runs together
+    max_cost: float | None = None  # what these may cost, by the prices of the endpoints
+    ledger: Path | None = None  # file of the ledger; None for the one in lfm's cache folder
+
+    def budget(self, run: str) -> Budget:
+        """Return what the run of that name may ask of endpoints."""
+        return Budget(run, self.max_queries, self.max_cost, self.ledger)
 
 
 class Context(Protocol):
@@ -76,6 +87,10 @@ class Context(Protocol):
 
     @property
     def settings(self) -> Settings: ...
+
+    @property
+    def run(self) -> str:
+        """What requests to endpoints are counted under: the step's key, the same when it is run again."""
 
     def outlines(self, refs: Sequence[ModelRef]) -> list[Outline]:
         """Return what these models look like, also those that are not made yet. Raises all problems at once."""

@@ -12,7 +12,7 @@ from lfm.errors import LfmError, RequestError
 from lfm.evaluate.change import relative_change
 from lfm.models.ref import ModelRef
 from lfm.recipe.catalogue import Catalogue
-from lfm.recipe.execute import StepRun
+from lfm.recipe.execute import StepRun, evaluation_key
 from lfm.recipe.lineage import environment
 from lfm.recipe.schema import Recipe, Step, pretty
 from lfm.report import Column, Curve, Estimate, HeatMap, Node, Note, Run, Table, TrainingLog, write
@@ -38,6 +38,7 @@ def evaluate(recipe: Recipe, catalogue: Catalogue) -> Measured | None:
         return None
     from lfm.evaluate.measure import Measured, measure
 
+    catalogue.run = evaluation_key(recipe)
     try:
         return measure(catalogue.names(), recipe.evaluate, catalogue)
     except RequestError as error:  # the steps are done, and the report can still tell of them
@@ -173,10 +174,11 @@ def _heat_maps(runs: list[StepRun], catalogue: Catalogue) -> Iterator[HeatMap]:
     for run in runs:
         roles = dict(reversed(list(run.step.roles())))
         origin = roles.get("base") or roles.get("model")
-        if origin is None or catalogue.resolve(origin).ref is None:
+        before = None if origin is None else catalogue.behind(origin)
+        if origin is None or before is None:
             continue
         moved = run.lineage.get("change") or relative_change(
-            catalogue.open(origin).weights, catalogue.open(ModelRef(ref=run.step.name)).weights
+            before.weights, catalogue.open(ModelRef(ref=run.step.name)).weights
         )
         by_base.setdefault(catalogue.name_of(origin), {})[run.step.name] = moved
     for base, rows in by_base.items():

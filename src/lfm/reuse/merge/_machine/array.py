@@ -37,13 +37,13 @@ class Array:
 
     def __mul__(self, other: Array | float) -> Array:
         # Most weights and scales are 1, and times 1 nothing changes, to the last bit.
-        return self if other == 1 and not isinstance(other, Array) else Array("MUL", (self, array(other)))
+        return Array("MUL", (self, array(other))) if isinstance(other, Array) or other != 1 else self
 
     def __rmul__(self, other: float) -> Array:
         return Array("MUL", (array(other), self))
 
     def __truediv__(self, other: Array | float) -> Array:
-        return self if other == 1 and not isinstance(other, Array) else Array("DIV", (self, array(other)))
+        return Array("DIV", (self, array(other))) if isinstance(other, Array) or other != 1 else self
 
     def __rtruediv__(self, other: float) -> Array:
         return Array("DIV", (array(other), self))
