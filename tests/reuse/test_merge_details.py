@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tests.merging import merge, near, save, tensors
+from tests.merging import merge, save, tensors
 from tests.tiny import LLAMA, write_llama
 
 import lfm
@@ -84,15 +84,6 @@ def test_the_file_does_not_follow_the_layout_of_the_inputs(tmp_path):
             out = lfm.merge("linear", [model, model], out=tmp_path / f"{number}{sharded}-out")
             written.add((out.folder / "model.safetensors").read_bytes())
     assert len(written) == 1
-
-
-@pytest.mark.parametrize("method", [Linear(), DareLinear(), TaskArithmetic(), Ties()], ids=str)
-def test_the_order_of_sources_changes_rounding_and_nothing_else(method, tmp_path):
-    sources = [near(BASE, seed) for seed in (1, 2, 3)]
-    base, weights = BASE if method.needs.base else None, [1.0, 0.5, 2.0]
-    one = merge(method, sources, base, at=tmp_path, weights=weights)
-    other = merge(method, sources[::-1], base, at=tmp_path, weights=weights[::-1])
-    torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -274,21 +274,6 @@ BASED = [TaskArithmetic(), Lines(), ModelStock(), ModelStock(filter_wise=True), 
 ODD = {"odd": torch.tensor([[-0.0, 0.0, 1e-40], [-1e-44, 3e38, 1.0]])}
 
 
-@pytest.mark.parametrize("method", [Linear(), Multislerp(), Karcher(), Lines(), TaskArithmetic()], ids=str)
-def test_the_order_of_sources_changes_nothing_but_rounding(method, tmp_path):
-    base = BASE if method.needs.base else None
-    one = merge(method, SOURCES, base, at=tmp_path, weights=SHARES)
-    other = merge(method, SOURCES[::-1], base, at=tmp_path, weights=SHARES[::-1])
-    torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("method", PAIRS, ids=str)
-def test_equal_models_give_that_model(method, tmp_path):
-    model = {**STRANGERS[0], **ODD}
-    found = merge(method, [model, model], at=tmp_path)
-    torch.testing.assert_close(found, model, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("method", BASED, ids=str)
 def test_models_that_are_the_base_give_the_base_to_the_bit(method, tmp_path):
     model = {**BASE, **ODD}

@@ -13,7 +13,6 @@ from tests.reuse.test_merge_golden_sparse import (
     SOURCES,
     WEIGHTS,
     added,
-    agrees,
     cast,
     changes,
     flat,
@@ -51,18 +50,6 @@ def near_to(shares, expected, count):
 
 
 # --- both
-
-
-@pytest.mark.parametrize("method", LINEAR)
-def test_at_density_one_it_is_task_arithmetic(method, tmp_path):
-    found = merge(method(density=1, scale=0.4), SOURCES, BASE, at=tmp_path, weights=WEIGHTS)
-    assert agrees(found, BASE, SOURCES, lambda taus: 0.4 * added(taus, WEIGHTS))
-
-
-@pytest.mark.parametrize("method", LINEAR)
-def test_normalized_it_is_the_mean(method, tmp_path):
-    found = merge(method(density=1, normalize=True), SOURCES, BASE, at=tmp_path, weights=WEIGHTS)
-    assert agrees(found, BASE, SOURCES, lambda taus: added(taus, WEIGHTS, divide=True))
 
 
 @pytest.mark.parametrize("options", [{}, {"density": 0.25}, {"density": 0.8}])

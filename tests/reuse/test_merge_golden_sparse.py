@@ -418,21 +418,6 @@ def whole(method):
     return method(**{name: 1 for name in ("density", "scale") if name in method.model_fields})
 
 
-@pytest.mark.parametrize("method", ALL)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_one_source_comes_back_whole(dtype, method, tmp_path):
-    base, source = cast(BASE, dtype), cast(SOURCES[0], dtype)
-    assert agrees(merge(whole(method), [source], base, at=tmp_path), base, [source], lambda taus: taus[0])
-
-
-@pytest.mark.parametrize("method", ALL)
-@pytest.mark.parametrize("option", [{}, {"rescale": "norm"}, {"rules": "mergekit"}, {"normalize": True}])
-def test_sources_that_are_the_base_leave_it_to_the_bit(option, method, tmp_path):
-    if set(option) <= set(method.model_fields):
-        found = merge(method(**option), [BASE, BASE], BASE, at=tmp_path)
-        assert all(torch.equal(found[name].view(torch.int32), BASE[name].view(torch.int32)) for name in SHAPES)
-
-
 @pytest.mark.parametrize("method", [Ties, BreadcrumbsTies, Ram, Ramplus, Sce])
 def test_equal_sources_come_back(method, tmp_path):
     found = merge(whole(method), [SOURCES[0]] * 3, BASE, at=tmp_path)
