@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 LONG = ("tune/test_full.py", "recipe/test_shipped.py", "test_readme.py", "evaluate/test_measure.py", "test_done.py")
 
 

@@ -225,6 +225,7 @@ def ensemble(
     models: Sequence[ModelLike],
     *,
     out: str | Path,
+    base: ModelLike | None = None,
     weights: Sequence[float] | None = None,
     data: str | Path | DataSpec | Mapping[str, Any] | None = None,
     calibrate: str = "no",
@@ -236,10 +237,12 @@ def ensemble(
 ) -> Model:
     """Join models by what they answer, into the new folder `out`, and return a handle on it; `method` as for `merge`.
 
-    `data` are labelled examples that no member was trained on, for methods that learn and for `calibrate`.
+    `data` are labelled examples that no member was trained on, for methods that learn and for `calibrate`; `base` is
+    what the models were tuned from, for methods that ask for it.
     """
     keys = {
         "models": [_plain(model) for model in models],
+        "base": _plain(base),
         "weights": list(weights) if weights is not None else None,
         "data": _plain(data),
         "calibrate": calibrate,

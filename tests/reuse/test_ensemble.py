@@ -260,8 +260,8 @@ def test_a_cascade_takes_the_lowest_threshold_that_is_good_enough():
 def test_every_method_works_on_handles_of_the_access_that_it_names():
     labels, tables = sample(200)
     for name, card in methods_of("ensemble").items():
-        if name in ("best_of", "fuse", "byte_average", "text_cascade"):
-            continue  # see test_ensemble_text
+        if name in ("best_of", "fuse", "byte_average", "text_cascade", "route", "tangent"):
+            continue  # see test_ensemble_text, test_ensemble_route, test_ensemble_tangent
         method = card.load()()
         members = [member(table, offers=card.needs.access) for table in tables[:2]]
         state = method.learn(Held(tables[:2]), labels, [1, 1]) if method.learns else {}

@@ -145,6 +145,12 @@ def test_a_narrow_beam_is_near_a_wide_one():
     assert narrow == pytest.approx(wide, rel=0.05)
 
 
+def test_no_beam_loses_a_text_that_the_vocabulary_can_spell():
+    text = "banxana Ärger – 中文🙂 banbanana"
+    for options in ({"width": 1}, {"width": 2, "floor": 0.5}, {"width": 8, "floor": 0.9}):
+        assert math.isfinite(bits([speller(0, **options)], [1], text).together)
+
+
 def test_the_same_model_twice_is_the_model():
     text = "banana bandana"
     for of in ("probabilities", "logits"):

@@ -27,7 +27,7 @@ def mean(values: np.ndarray) -> Estimate:
 def ratio(sums: np.ndarray, counts: np.ndarray) -> Estimate:
     """Return sum(sums) / sum(counts) over independent groups (windows of text), with the ratio estimator's interval."""
     n, value = len(sums), float(sums.sum() / counts.sum())
-    if n < 2:
+    if n < 2 or not math.isfinite(value):
         return Estimate(value, None, None, n)
     residuals = sums - value * counts
     half = Z * math.sqrt(n / (n - 1) * float((residuals**2).sum())) / float(counts.sum())

@@ -141,6 +141,9 @@ class Beam:
         """Keep the heaviest, and ask the model about those that begin a token."""
         best = found[0][0] if found else 1.0
         kept = [one for one in found[: self._speller.width] if one[0] >= best * self._speller.floor]
+        # One that begins a token is always kept: any byte can follow it, so that no text is impossible for the beam.
+        if kept and all(token is None for *_, token in kept):
+            kept += [one for one in found if one[2] is not None][:1]
         self._hypotheses = [_Hypothesis(one.node, one.weight / best, row) for row, (_, one, _) in enumerate(kept)]
         if not kept:
             return

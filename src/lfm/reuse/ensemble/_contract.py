@@ -24,6 +24,7 @@ class Inputs(method.Inputs):
     """The members of an ensemble, and examples to learn from how to join them."""
 
     models: list[ModelRef] = Field(description="The members: folders, hub names, endpoints, other ensembles.")
+    base: ModelRef | None = Field(None, description="The model that the members were tuned from.")
     weights: list[float] | None = Field(None, description="One for each member, 0 or more; equal if left out.")
     data: DataSpec | None = Field(
         None, description="Labelled examples that no member was trained on, to learn weights, thresholds, temperatures."
@@ -49,6 +50,9 @@ class Members(Protocol):
 
     def labels(self, index: int) -> torch.Tensor:
         """Return the classes (n,) that a member takes for the right ones."""
+
+    def looks(self) -> torch.Tensor:
+        """Return what the examples look like (n, width), float32, without asking any member."""
 
 
 class Ensemble(method.Method):
@@ -80,3 +84,13 @@ class TextEnsemble(method.Method):
     @abstractmethod
     def backend(self, members: Sequence[Model], weights: Sequence[float]) -> Backend:
         """Return what writes in the name of all members."""
+
+
+class TrainedEnsemble(method.Method):
+    """A way to join classifiers that were tuned from one base, by their weights as seen from it."""
+
+    weighted: ClassVar[bool] = False
+
+    @abstractmethod
+    def backend(self, base: Model, members: Sequence[Model], weights: Sequence[float]) -> Backend:
+        """Return what answers in the name of all members."""

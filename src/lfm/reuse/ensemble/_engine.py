@@ -23,23 +23,24 @@ from lfm.models.text import Completion, Prompt, Sampling
 from lfm.models.writing import write_with
 from lfm.recipe.step import Context, Outline, StepPlan, StepResult
 from lfm.reuse.ensemble._averaging import best_temperature
-from lfm.reuse.ensemble._contract import Ensemble, Inputs, State, TextEnsemble
+from lfm.reuse.ensemble._contract import Ensemble, Inputs, State, TextEnsemble, TrainedEnsemble
 from lfm.reuse.ensemble._members import MEMBERS, Answers, joined_classes, joint_encoder
 from lfm.reuse.ensemble._stepping import AveragedStepper, Of
 
 FORMAT = 1
 BATCH = 64
+Joining = Ensemble | TextEnsemble | TrainedEnsemble
 TEMPERATURES, TEMPERATURE = "temperatures", "temperature"  # learned by the engine; the rest is the method's
 
 
 # --- planning -------------------------------------------------------------------------------------------------------
 
 
-def plan(method: Ensemble | TextEnsemble, inputs: Inputs, context: Context) -> StepPlan:
+def plan(method: Joining, inputs: Inputs, context: Context) -> StepPlan:
     """Return what an ensemble is made of, and everything that speaks against it."""
     problems = _request_problems(method, inputs)
     try:
-        outlines = context.outlines(inputs.models)
+        outlines = context.outlines(_all_models(inputs))
     except RequestError as error:
         raise RequestError(*problems, *error.problems) from None
     if inputs.data is not None:
@@ -53,7 +54,12 @@ def plan(method: Ensemble | TextEnsemble, inputs: Inputs, context: Context) -> S
     return StepPlan(output, nbytes, writes, 2 * nbytes, problems=tuple(problems))
 
 
-def _request_problems(method: Ensemble | TextEnsemble, inputs: Inputs) -> list[str]:
+def _all_models(inputs: Inputs) -> list[ModelRef]:
+    """Return the base, where there is one, and the members: the order that a manifest keeps."""
+    return [*filter(None, [inputs.base]), *inputs.models]
+
+
+def _request_problems(method: Joining, inputs: Inputs) -> list[str]:
     name, (low, high), got = type(method).__name__, method.needs.sources, len(inputs.models)
     problems = []
     if got < low or (high is not None and got > high):
@@ -65,6 +71,12 @@ def _request_problems(method: Ensemble | TextEnsemble, inputs: Inputs) -> list[s
         problems.append(f"{plural(got, 'model')} and {plural(len(weights), 'weight')}: give one weight for each model")
     elif weights is not None and not (min(weights) >= 0 and sum(weights) > 0):
         problems.append(f"weights must be 0 or more, and one of them above 0, got {weights}")
+    if inputs.base is None and method.needs.base:
+        problems.append(f"{name} needs a base (--base), the model that the members were tuned from")
+    if inputs.base is not None and not method.needs.base:
+        problems.append(f"{name} does not use a base")
+    if isinstance(method, TrainedEnsemble) and (inputs.data is not None or inputs.calibrate != "no"):
+        return [*problems, f"{name} learns nothing here, and takes neither `data` nor `calibrate`"]
     wants = (isinstance(method, Ensemble) and method.learns) or inputs.calibrate != "no"
     if wants and inputs.data is None:
         problems.append(f"{name} learns from examples here; give `data` that no member was trained on")
@@ -76,11 +88,12 @@ def _request_problems(method: Ensemble | TextEnsemble, inputs: Inputs) -> list[s
 # --- making one -----------------------------------------------------------------------------------------------------
 
 
-def run(method: Ensemble | TextEnsemble, inputs: Inputs, context: Context, folder: OutputFolder) -> StepResult:
+def run(method: Joining, inputs: Inputs, context: Context, folder: OutputFolder) -> StepResult:
     """Write an ensemble into `folder`."""
-    refs = [context.resolve(ref) for ref in inputs.models]
+    refs = [context.resolve(ref) for ref in _all_models(inputs)]
     members = [open_in(context, ref, access=_asked(method, ref)) for ref in refs]
-    weights = tuple(inputs.weights or [1.0] * len(members))
+    even = 1 / len(inputs.models) if isinstance(method, TrainedEnsemble) else 1.0  # these are not made to sum to 1
+    weights = tuple(inputs.weights or [even] * len(inputs.models))
     state: State = {}
     metrics: dict[str, float] = {}
     if isinstance(method, Ensemble):
@@ -88,8 +101,10 @@ def run(method: Ensemble | TextEnsemble, inputs: Inputs, context: Context, folde
         if inputs.data is not None:
             examples = backend.encoder.encode(context.rows(inputs.data), inputs.length)
             metrics = _learn(backend, examples, inputs.calibrate)
+    elif isinstance(method, TrainedEnsemble):
+        method.backend(members[0], members[1:], weights)  # raises what speaks against it
     else:
-        method.backend(members, weights)  # raises what speaks against it
+        method.backend(members, weights)  # so does this
     manifest: dict[str, Any] = {
         "lfm": FORMAT,
         "verb": "ensemble",
@@ -180,6 +195,9 @@ def load(manifest: Mapping[str, Any], folder: Path, around: Around) -> Model:
     path = folder / STATE
     state: State = load_state(path.read_bytes()) if path.is_file() else {}
     weights = tuple(manifest["weights"])
+    if isinstance(method, TrainedEnsemble):
+        made = method.backend(members[0], members[1:], weights)
+        return Model(made, made.offers, members[0].task, members[0].encoder, str(folder))
     if isinstance(method, TextEnsemble):
         return Model(method.backend(members, weights), Access.PROBS, "causal-lm", members[0].encoder, str(folder))
     if not isinstance(method, Ensemble):
@@ -289,6 +307,9 @@ class _Held:
         if index in self._said:
             return self._said[index].argmax(-1)
         return torch.cat([answers.labels(index) for answers in self._asked])
+
+    def looks(self) -> torch.Tensor:
+        return torch.cat([answers.looks() for answers in self._asked])
 
 
 __all__ = ["load", "plan", "run"]

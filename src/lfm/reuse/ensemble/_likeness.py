@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,13 +49,13 @@ def _counted(texts: Sequence[Sequence[str]]) -> torch.Tensor:
     """Return log(1 + count) of every word and every two neighbours; crc32 is the same in every process."""
     found = torch.zeros(len(texts), BUCKETS)
     for row, words in enumerate(texts):
-        terms = [*words, *(f"{one} {two}" for one, two in zip(words, words[1:], strict=False))]
+        terms = [*words, *(f"{one} {two}" for one, two in pairwise(words))]
         places = torch.tensor([zlib.crc32(term.encode()) % BUCKETS for term in terms], dtype=torch.long)
         found[row].index_add_(0, places, torch.ones(len(places)))
     return found.log1p()
 
 
 def rarity(features: torch.Tensor) -> torch.Tensor:
-    """Return a factor (width,) for each feature, the larger the fewer examples have it: 1 + log((1 + n) / (1 + n_f))."""
+    """Return 1 + log((1 + n) / (1 + n_f)) for each feature f (width,): the more, the fewer examples have it."""
     having = (features != 0).sum(0)
     return 1 + ((1 + len(features)) / (1 + having)).log()

@@ -14,6 +14,7 @@ from lfm.errors import RequestError
 from lfm.models.encode import Batch, Encoder, Examples
 from lfm.models.handle import Model
 from lfm.models.ref import ImageSpec, Task
+from lfm.reuse.ensemble._likeness import looks
 
 MEMBERS = "members"  # of a batch: the batch of each member
 
@@ -130,6 +131,12 @@ class Answers:
     def labels(self, index: int) -> torch.Tensor:
         said = self.members[index].labels(self._of(index, None)).cpu()
         return self.places[index][said] if self.places else said
+
+    def looks(self) -> torch.Tensor:
+        batch = self.batch
+        while MEMBERS in batch:  # as the first member reads it, of that the first one
+            batch = batch[MEMBERS][0]
+        return looks(batch)
 
     def _of(self, index: int, rows: torch.Tensor | None) -> Batch:
         batch: Batch = self.batch[MEMBERS][index] if MEMBERS in self.batch else self.batch

@@ -21,10 +21,12 @@ from lfm.method import Access, Data, Needs
 from lfm.reuse.ensemble._contract import Ensemble, Members, State
 from lfm.reuse.ensemble._likeness import rarity
 
+ROUNDING = 1e-5  # of a cosine in float32: equal examples are as similar as can be
+
 
 class Route(Ensemble):
     needs = Needs(access=Access.PROBS, data=Data.FEW, sources=(2, None))
-    paper = "https://arxiv.org/abs/2407.10366"
+    paper = "https://arxiv.org/abs/2302.03202"
     one_set = False
 
     by: Literal["input", "first"] = Field("input", description="What makes examples similar.")
@@ -43,9 +45,9 @@ class Route(Ensemble):
         state["centre"] = (seen * state["rarity"]).mean(0)
         state["examples"] = _directions(seen, state)
         right = [members.log_probs(index).gather(1, labels[:, None])[:, 0].exp() for index in range(len(members))]
-        alike = (state["examples"] @ state["examples"].T).fill_diagonal_(-torch.inf)
-        threshold = alike.amax(1).double().quantile(self.unlike) if self.unlike else torch.tensor(-torch.inf).double()
-        return {**state, "right": torch.stack(right), "threshold": threshold}
+        alike = (state["examples"] @ state["examples"].T).fill_diagonal_(-torch.inf).amax(1).double()
+        least = alike.quantile(self.unlike) - ROUNDING if self.unlike else -torch.inf
+        return {**state, "right": torch.stack(right), "threshold": torch.as_tensor(least, dtype=torch.float64)}
 
     def combine(self, members: Members, weights: Sequence[float], state: State) -> torch.Tensor:
         chosen = self._chosen(members, state)
