@@ -354,7 +354,7 @@ def filled(ledger):
     ledger.answer(question("0"), Budget("a"), never)
     ledger.answer(question("x", "http://host/v1#other"), Budget("a"), saying())
     ledger.answer(question("x", "http://host/v10#model"), Budget("a"), saying())
-    ledger.learn(HOST, chat_only=True)
+    ledger.learn(HOST, {"chat_only": True})
     return ledger
 
 

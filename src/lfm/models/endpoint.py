@@ -148,7 +148,7 @@ class EndpointBackend:
         return told if isinstance(told, dict) else {}
 
     def _learn(self, **facts: Any) -> None:
-        self._ledger.learn(self._label, **facts)
+        self._ledger.learn(self._label, facts)
         self._facts = self._ledger.facts(self._label)
 
     # --- text -------------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ class EndpointBackend:
             for name, value in found.probabilities.items():
                 row[self._index(name)] = value
             rows.append(row)
-        return torch.stack(rows).log()
+        return torch.stack(rows).log().log_softmax(-1)  # what is rounded, or left out, need not sum to 1
 
     def _index(self, name: str) -> int:
         if name not in self.classes:

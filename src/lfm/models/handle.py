@@ -25,8 +25,8 @@ Tell = Callable[[int, str], None]
 class Backend(Protocol):
     """What does the work behind a handle: a module in memory, an endpoint, an ensemble of others.
 
-    A backend that offers less than LOGITS may return log-probabilities as its logits; one that offers LABELS alone
-    is never asked for them.
+    A backend that offers less than LOGITS returns log-probabilities as its logits, and nothing is done to them; one
+    that offers LABELS alone is never asked for them.
     """
 
     @property
@@ -118,7 +118,8 @@ class Model:
     def log_probs(self, batch: Batch) -> torch.Tensor:
         """Return logarithms of probabilities (batch, [length,] classes), float32; needs PROBS."""
         self._require(Access.PROBS, "probabilities")
-        return self._logits(batch).log_softmax(-1)
+        said = self._logits(batch)
+        return said if self.__backend.offers < Access.LOGITS else said.log_softmax(-1)
 
     def labels(self, batch: Batch) -> torch.Tensor:
         """Return the most probable class of each example (or token), int64; needs LABELS."""

@@ -293,7 +293,7 @@ class Ledger:
             row = self._one("SELECT facts FROM endpoints WHERE endpoint = ?", endpoint)
         return {} if row is None else dict(json.loads(row[0]))
 
-    def learn(self, endpoint: str, **facts: Any) -> None:
+    def learn(self, endpoint: str, facts: Mapping[str, Any]) -> None:
         """Keep something about an endpoint itself."""
         with self._lock, self._transaction():
             text = json.dumps({**self.facts(endpoint), **facts}, sort_keys=True)

@@ -73,7 +73,7 @@ class Ensemble(method.Method):
 
     @abstractmethod
     def combine(self, members: Members, weights: Sequence[float], state: State) -> torch.Tensor:
-        """Return log-probabilities (n, classes), or scores whose softmax is meant."""
+        """Return log-probabilities (n, classes); -inf where nobody believes in a class."""
 
 
 class TextEnsemble(method.Method):

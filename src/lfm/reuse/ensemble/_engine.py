@@ -15,9 +15,9 @@ from safetensors.torch import save as save_state
 from lfm.checkpoint import STATE, OutputFolder, manifest_digest, open_checkpoint
 from lfm.errors import RequestError, plural
 from lfm.method import Access, Method, methods_of, number_of_models
-from lfm.models.encode import Batch, Examples
+from lfm.models.encode import IGNORE, Batch, Examples, targets
 from lfm.models.handle import Model, Tell
-from lfm.models.open import Around, open_in
+from lfm.models.open import Around, made_of_others, open_in
 from lfm.models.ref import ModelRef
 from lfm.models.text import Completion, Prompt, Sampling
 from lfm.models.writing import write_with
@@ -48,6 +48,8 @@ def plan(method: Joining, inputs: Inputs, context: Context) -> StepPlan:
             context.rows(inputs.data)
         except RequestError as error:
             problems += [f"data: {problem}" for problem in error.problems]
+    if inputs.copy_members:
+        problems += _copy_problems([context.resolve(ref) for ref in _all_models(inputs)])
     nbytes = sum(outline.nbytes for outline in outlines)
     output = Outline(context.resolve(inputs.models[0]), {}, outlines[0].config, access=Access.PROBS)
     writes = nbytes if inputs.copy_members else 0
@@ -57,6 +59,20 @@ def plan(method: Joining, inputs: Inputs, context: Context) -> StepPlan:
 def _all_models(inputs: Inputs) -> list[ModelRef]:
     """Return the base, where there is one, and the members: the order that a manifest keeps."""
     return [*filter(None, [inputs.base]), *inputs.models]
+
+
+def _copy_problems(refs: Sequence[ModelRef]) -> Iterator[str]:
+    """Yield what keeps a folder from holding all that its members need."""
+    for ref in refs:
+        folder = made_of_others(ref)
+        if ref.is_endpoint:
+            yield f"{ref.label}: an endpoint cannot be copied; leave out copy_members"
+        elif ref.ref and "+" in ref.ref and not Path(ref.ref).expanduser().exists():
+            yield f"{ref.label}: cannot be copied in two parts; merge the adapter in first (lfm merge passthrough)"
+        elif ref.module is not None and ".py:" in ref.module:
+            yield f"{ref.label}: its code, {ref.module}, is not copied; put it into a package"
+        elif folder is not None and not (folder / MEMBERS).is_dir():
+            yield f"{ref.label}: its own members lie elsewhere; make it with copy_members, too"
 
 
 def _request_problems(method: Joining, inputs: Inputs) -> list[str]:
@@ -138,9 +154,10 @@ def _entry(ref: ModelRef, index: int, inputs: Inputs, folder: OutputFolder) -> d
     place = checkpoint.folder
     if inputs.copy_members:
         inside = Path(MEMBERS) / f"{index}-{place.name}"
-        files = {str(inside / file.relative_to(place)): file for file in place.rglob("*") if file.is_file()}
-        folder.copy(files)
-        told["ref"] = str(inside)
+        one = Path(str(ref.ref)).expanduser()
+        wanted = [one] if one.is_file() else [file for file in place.rglob("*") if file.is_file()]
+        folder.copy({str(inside / file.relative_to(place)): file for file in wanted})
+        told["ref"] = str(inside / one.name if one.is_file() else inside)
     elif "+" not in str(ref.ref) and Path(str(ref.ref)).expanduser().exists():
         here, there = folder.out.absolute(), Path(str(ref.ref)).expanduser().absolute()
         beside = there.is_relative_to(here.parent)
@@ -151,6 +168,8 @@ def _entry(ref: ModelRef, index: int, inputs: Inputs, folder: OutputFolder) -> d
 def _learn(backend: Joined, examples: Examples, calibrate: str) -> dict[str, float]:
     """Fill the ensemble's state from held-out examples; returns what was found."""
     method, state = backend.method, backend.state
+    if calibrate != "no" and not backend.members[0].task.endswith("classification"):
+        raise RequestError(f"`calibrate` is for classifiers, and these are {backend.members[0].task} models")
     held = _Held(backend, examples)
     metrics: dict[str, float] = {}
     if calibrate == "members":
@@ -284,28 +303,37 @@ class Joined:
 
 
 class _Held:
-    """What members say of all held-out examples, asked once: see `Members`."""
+    """What members say of all held-out examples (of texts: of their tokens), asked once: see `Members`."""
 
     def __init__(self, backend: Joined, examples: Examples) -> None:
         batches = [
             examples.batch(range(start, min(start + BATCH, len(examples)))) for start in range(0, len(examples), BATCH)
         ]
-        self.targets = torch.cat([batch["labels"] for batch in batches])
+        self._task = backend.members[0].task
+        self._labels = [batch["labels"] for batch in batches]
         self._asked = [backend.answers(batch) for batch in batches]
         self._said: dict[int, torch.Tensor] = {}
         self.knows = self._asked[0].knows
+        flat = [targets(labels[..., None], labels, self._task)[1] for labels in self._labels]
+        self.targets = torch.cat([labels[labels != IGNORE] for labels in flat])
 
     def __len__(self) -> int:
         return len(self._asked[0])
 
     def log_probs(self, index: int, rows: torch.Tensor | None = None) -> torch.Tensor:
         if index not in self._said:
-            self._said[index] = torch.cat([answers.log_probs(index) for answers in self._asked])
+            pairs = zip(self._asked, self._labels, strict=True)
+            self._said[index] = torch.cat([self._kept(answers.log_probs(index), labels) for answers, labels in pairs])
         return self._said[index] if rows is None else self._said[index][rows]
 
+    def _kept(self, said: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return what is said (n, classes) where there is something to predict."""
+        flat, wanted = targets(said, labels, self._task)
+        return flat[wanted != IGNORE]
+
     def labels(self, index: int) -> torch.Tensor:
-        if index in self._said:
-            return self._said[index].argmax(-1)
+        if index in self._said or not self._task.endswith("classification"):
+            return self.log_probs(index).argmax(-1)
         return torch.cat([answers.labels(index) for answers in self._asked])
 
     def looks(self) -> torch.Tensor:

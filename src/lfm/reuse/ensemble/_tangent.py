@@ -53,8 +53,9 @@ class TangentBackend:
 
         # The other kernels of attention have no forward derivative.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            here, change = jvp(at, (self._weights,), (self._moved,))
-        return (here + change).float()
+            here, change, *_ = jvp(at, (self._weights,), (self._moved,))
+        moved: torch.Tensor = here + change
+        return moved.float()
 
     def labels(self, batch: Batch) -> torch.Tensor:
         return self.logits(batch).argmax(-1)

@@ -1,0 +1,45 @@
+"""Two real networks joined: the small version of benchmarks/ensemble.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import lfm
+from lfm.recipe.step import Settings
+from lfm.reuse.ensemble.average import Average
+from lfm.reuse.ensemble.cascade import Cascade
+
+NETS = Path(__file__).parents[1] / "nets.py"
+QUIET = Settings(quiet=True)
+IMAGE = {"size": 32, "channels": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+@pytest.fixture(scope="module")
+def networks(assets):
+    return {
+        name: {"ref": str(assets / "checkpoints" / f"cifar10-{name}"), "module": f"{NETS}:{name}", "image": IMAGE}
+        for name in ("resnet20", "resnet56")
+    }
+
+
+def test_two_networks_are_likelier_than_either_and_a_cascade_asks_the_large_one_seldom(assets, networks, tmp_path):
+    data = {"path": str(assets / "data" / "cifar10-jpeg.npz")}
+    held = {**data, "split": "train", "part": "held_out", "limit": 150}
+    models = list(networks.values())
+    both = {"out": tmp_path / "both", "data": held, "calibrate": "members", "settings": QUIET}
+    lfm.ensemble(Average(), models, **both)
+    lfm.ensemble(Cascade(quality=0.99), models, out=tmp_path / "cascade", data=held, settings=QUIET)
+    named = [*models, str(tmp_path / "both"), str(tmp_path / "cascade")]
+    found = lfm.evaluate(named, {"accuracy": {**data, "split": "test", "limit": 250}}, settings=QUIET)
+    accuracy, nll = (
+        {name.rpartition("-")[2]: estimate.value for name, estimate in item.estimates.items()} for item in found[:2]
+    )
+    assert nll["both"] < 0.8 * min(nll["resnet20"], nll["resnet56"])
+    assert accuracy["both"] > (accuracy["resnet20"] + accuracy["resnet56"]) / 2  # 250 images cannot tell much more
+    assert accuracy["cascade"] > accuracy["resnet20"]
+    metrics = json.loads((tmp_path / "cascade" / "lineage.json").read_text())["metrics"]
+    assert 0 < metrics["threshold"] < 1
+    assert metrics["share beyond the first at threshold 0.9"] < 0.5
