@@ -216,7 +216,7 @@ def load(manifest: Mapping[str, Any], folder: Path, around: Around) -> Model:
     weights = tuple(manifest["weights"])
     if isinstance(method, TrainedEnsemble):
         made = method.backend(members[0], members[1:], weights)
-        return Model(made, made.offers, members[0].task, members[0].encoder, str(folder))
+        return Model(made, Access.PROBS, members[0].task, members[0].encoder, str(folder))
     if isinstance(method, TextEnsemble):
         return Model(method.backend(members, weights), Access.PROBS, "causal-lm", members[0].encoder, str(folder))
     if not isinstance(method, Ensemble):

@@ -24,7 +24,7 @@ Weights = dict[str, torch.Tensor]
 class TangentBackend:
     """Answers f(x; w_0) + J(x; w_0) D with D = sum of weight * (member - base), added up in the order of members."""
 
-    offers = Access.PROBS
+    offers = Access.LOGITS
 
     def __init__(self, base: Model, members: Sequence[Model], weights: Sequence[float]) -> None:
         _check(base, members)
