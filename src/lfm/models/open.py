@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lfm.checkpoint import MANIFEST, read_json
 from lfm.errors import AccessError, RequestError
@@ -13,21 +13,7 @@ from lfm.method import Access, verbs
 from lfm.models.handle import Model
 from lfm.models.ledger import Budget
 from lfm.models.ref import ModelRef, Task
-from lfm.recipe.step import Settings
-
-
-class Around(Protocol):
-    """What opening a model depends on besides the model; a recipe's Context is one."""
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def settings(self) -> Settings: ...
-
-    @property
-    def run(self) -> str:
-        """What requests to endpoints are counted under."""
+from lfm.recipe.step import Around, Settings
 
 
 @dataclass(frozen=True)

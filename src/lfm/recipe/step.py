@@ -79,8 +79,8 @@ class Settings:
         return Budget(run, self.max_queries, self.max_cost, self.ledger)
 
 
-class Context(Protocol):
-    """What an engine may ask of the recipe around it. All models and all data come through here."""
+class Around(Protocol):
+    """What opening a model depends on besides the model."""
 
     @property
     def seed(self) -> int: ...
@@ -91,6 +91,10 @@ class Context(Protocol):
     @property
     def run(self) -> str:
         """What requests to endpoints are counted under: the step's key, the same when it is run again."""
+
+
+class Context(Around, Protocol):
+    """What an engine may ask of the recipe around it. All models and all data come through here."""
 
     def outlines(self, refs: Sequence[ModelRef]) -> list[Outline]:
         """Return what these models look like, also those that are not made yet. Raises all problems at once."""

@@ -86,7 +86,7 @@ class TextEnsemble(method.Method):
         """Return what writes in the name of all members."""
 
 
-class TrainedEnsemble(method.Method):
+class TunedEnsemble(method.Method):
     """A way to join classifiers that were tuned from one base, by their weights as seen from it."""
 
     weighted: ClassVar[bool] = False

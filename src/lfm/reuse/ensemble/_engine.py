@@ -16,20 +16,20 @@ from lfm.checkpoint import STATE, OutputFolder, manifest_digest, open_checkpoint
 from lfm.errors import RequestError, plural
 from lfm.method import Access, Method, methods_of, number_of_models
 from lfm.models.encode import IGNORE, Batch, Examples, targets
-from lfm.models.handle import Model, Tell
+from lfm.models.handle import Backend, Model, Tell
 from lfm.models.open import Around, made_of_others, open_in
 from lfm.models.ref import ModelRef
 from lfm.models.text import Completion, Prompt, Sampling
 from lfm.models.writing import write_with
 from lfm.recipe.step import Context, Outline, StepPlan, StepResult
 from lfm.reuse.ensemble._averaging import best_temperature
-from lfm.reuse.ensemble._contract import Ensemble, Inputs, State, TextEnsemble, TrainedEnsemble
+from lfm.reuse.ensemble._contract import Ensemble, Inputs, State, TextEnsemble, TunedEnsemble
 from lfm.reuse.ensemble._members import MEMBERS, Answers, joined_classes, joint_encoder
 from lfm.reuse.ensemble._stepping import AveragedStepper, Of
 
 FORMAT = 1
 BATCH = 64
-Joining = Ensemble | TextEnsemble | TrainedEnsemble
+Joining = Ensemble | TextEnsemble | TunedEnsemble
 TEMPERATURES, TEMPERATURE = "temperatures", "temperature"  # learned by the engine; the rest is the method's
 
 
@@ -91,7 +91,7 @@ def _request_problems(method: Joining, inputs: Inputs) -> list[str]:
         problems.append(f"{name} needs a base (--base), the model that the members were tuned from")
     if inputs.base is not None and not method.needs.base:
         problems.append(f"{name} does not use a base")
-    if isinstance(method, TrainedEnsemble) and (inputs.data is not None or inputs.calibrate != "no"):
+    if isinstance(method, TunedEnsemble) and (inputs.data is not None or inputs.calibrate != "no"):
         return [*problems, f"{name} learns nothing here, and takes neither `data` nor `calibrate`"]
     wants = (isinstance(method, Ensemble) and method.learns) or inputs.calibrate != "no"
     if wants and inputs.data is None:
@@ -108,19 +108,14 @@ def run(method: Joining, inputs: Inputs, context: Context, folder: OutputFolder)
     """Write an ensemble into `folder`."""
     refs = [context.resolve(ref) for ref in _all_models(inputs)]
     members = [open_in(context, ref, access=_asked(method, ref)) for ref in refs]
-    even = 1 / len(inputs.models) if isinstance(method, TrainedEnsemble) else 1.0  # these are not made to sum to 1
+    even = 1 / len(inputs.models) if isinstance(method, TunedEnsemble) else 1.0  # these are not made to sum to 1
     weights = tuple(inputs.weights or [even] * len(inputs.models))
     state: State = {}
     metrics: dict[str, float] = {}
-    if isinstance(method, Ensemble):
-        backend = Joined(method, members, weights, state)
-        if inputs.data is not None:
-            examples = backend.encoder.encode(context.rows(inputs.data), inputs.length)
-            metrics = _learn(backend, examples, inputs.calibrate)
-    elif isinstance(method, TrainedEnsemble):
-        method.backend(members[0], members[1:], weights)  # raises what speaks against it
-    else:
-        method.backend(members, weights)  # so does this
+    backend = _joined(method, members, weights, state)
+    if isinstance(backend, Joined) and inputs.data is not None:
+        examples = backend.encoder.encode(context.rows(inputs.data), inputs.length)
+        metrics = _learn(backend, examples, inputs.calibrate)
     manifest: dict[str, Any] = {
         "lfm": FORMAT,
         "verb": "ensemble",
@@ -214,15 +209,21 @@ def load(manifest: Mapping[str, Any], folder: Path, around: Around) -> Model:
     path = folder / STATE
     state: State = load_state(path.read_bytes()) if path.is_file() else {}
     weights = tuple(manifest["weights"])
-    if isinstance(method, TrainedEnsemble):
-        made = method.backend(members[0], members[1:], weights)
-        return Model(made, Access.PROBS, members[0].task, members[0].encoder, str(folder))
-    if isinstance(method, TextEnsemble):
-        return Model(method.backend(members, weights), Access.PROBS, "causal-lm", members[0].encoder, str(folder))
-    if not isinstance(method, Ensemble):
+    if not isinstance(method, Joining):
         raise AssertionError(f"{type(method).__name__} is no ensemble")
-    backend = Joined(method, members, weights, state)
-    return Model(backend, backend.offers, members[0].task, backend.encoder, str(folder))
+    backend = _joined(method, members, weights, state)
+    encoder = backend.encoder if isinstance(backend, Joined) else members[0].encoder
+    return Model(backend, Access.PROBS, members[0].task, encoder, str(folder))
+
+
+def _joined(method: Joining, members: Sequence[Model], weights: Sequence[float], state: State) -> Joined | Backend:
+    """Return what answers in the name of all members. Raises RequestError where they do not go together."""
+    if isinstance(method, TunedEnsemble):
+        base, *tuned = members
+        return method.backend(base, tuned, weights)
+    if isinstance(method, TextEnsemble):
+        return method.backend(members, weights)
+    return Joined(method, members, weights, state)
 
 
 def _member(

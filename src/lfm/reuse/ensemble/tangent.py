@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lfm.method import Access, Needs
-from lfm.reuse.ensemble._contract import TrainedEnsemble
+from lfm.reuse.ensemble._contract import TunedEnsemble
 
 if TYPE_CHECKING:
     from lfm.models.handle import Backend, Model
 
 
-class Tangent(TrainedEnsemble):
+class Tangent(TunedEnsemble):
     needs = Needs(access=Access.WEIGHTS, sources=(1, None), base=True, same_architecture=True, same_tokenizer=True)
     paper = "https://arxiv.org/abs/2307.08114"
     weighted = True
