@@ -18,6 +18,8 @@ from tests.reuse.test_merge_golden_sparse import (
     flat,
 )
 
+from lfm.reuse.merge import _engine
+from lfm.reuse.merge._machine import kernels
 from lfm.reuse.merge.dare_linear import DareLinear
 from lfm.reuse.merge.dare_ties import DareTies
 from lfm.reuse.merge.della import Della
@@ -130,6 +132,30 @@ def test_rescaled_to_the_norm_each_tensor_has_the_one_it_had(method, tmp_path):
             assert abs(restored).sum() == pytest.approx(abs(tau).sum(), rel=1e-5)
             np.testing.assert_allclose(restored, left * (abs(tau).sum() / abs(left).sum()), atol=1e-6)
             np.testing.assert_allclose(left[left != 0], tau[left != 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", [*LINEAR, DareTies, Della])
+def test_masks_are_drawn_once_or_twice_and_are_the_same(method, dtype, tmp_path, monkeypatch):
+    """Norms take a pass of their own: masks are kept for the next if there is room, else drawn again."""
+    sources, base = [cast(source, dtype) for source in SOURCES], cast(BASE, dtype)
+    runs: list[list[bool]] = []
+    kernel = kernels.run
+
+    def noting(program, *rest, **how):
+        runs[-1].append(program.draws)
+        return kernel(program, *rest, **how)
+
+    def merged():
+        runs.append([])
+        return merge(method(density=0.4, rescale="norm"), sources, base, at=tmp_path)
+
+    monkeypatch.setattr(kernels, "run", noting)
+    once = merged()
+    monkeypatch.setattr(_engine, "KEEP_BITS", 0)
+    twice = merged()
+    assert sum(runs[1]) == 2 * sum(runs[0]) > 0
+    assert all(torch.equal(once[name], twice[name]) for name in SHAPES)
 
 
 # --- DARE

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfm.reuse.merge._machine import kernels as kernels
-from lfm.reuse.merge._machine.array import Array, equal, maximum, minimum, sign, sqrt, total, where
+from lfm.reuse.merge._machine.array import Array, equal, maximum, minimum, once, sign, sqrt, total, where
 from lfm.reuse.merge._machine.devices import runner
 from lfm.reuse.merge._machine.devices import uniform as torch_uniform
-from lfm.reuse.merge._machine.program import OPS, Wanted, compile_program
+from lfm.reuse.merge._machine.program import OPS, Kept, Wanted, compile_program
 
 A, B, C = (Array("INPUT", index=index) for index in range(3))
 KEYS = (0x0123456789ABCDEF, 0xFEDCBA9876543210)
@@ -225,3 +225,62 @@ def test_ranks_are_those_of_a_stable_sort(values, row):
         order = sorted(range(row), key=lambda i: (given_row[i], i))
         expected = [order.index(i) / (row - 1) if row > 1 else 0.5 for i in range(row)]
         np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("row", [1, 2, 7, 1024, 4096])
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda random, count: random.normal(0, 0.002, count),
+        lambda random, count: np.round(random.normal(0, 2, count)) / 512,  # many that are equal
+        lambda random, count: np.exp(random.normal(-20, 12, count)),  # nearly all in the lowest bucket
+        lambda random, count: np.where(random.random(count) < 1e-3, 3e38, random.normal(0, 1e-3, count)),
+        lambda random, count: random.random(count) * 1e-42,  # subnormal
+        lambda random, count: np.sort(random.random(count))[::-1],
+        lambda random, count: np.zeros(count),
+        lambda random, count: np.full(count, np.inf),
+    ],
+)
+def test_ranks_of_rows_that_are_hard_to_sort(values, row):
+    flat = np.abs(values(np.random.default_rng(0), 8 * row)).astype(np.float32)
+    one, two = flat.copy(), flat.copy()
+    kernels.rank_rows(one, row)
+    kernels.rank_rows_numpy(two, row)
+    assert one.tobytes() == two.tobytes()
+
+
+# --- what is kept from one pass for the next
+
+
+def on_torch(program, of, totals, output, wide=False):
+    return runner("cpu")(program, of, totals, output, wide=wide)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("run", [kernels.run, kernels.run_numpy, on_torch])
+def test_a_condition_is_found_again_as_it_was(run, wide):
+    """In parts of a tensor, the last of which is no whole number of bytes."""
+    size = 1024 + 32 + 5
+    condition = [once(R[0] < 0.3, 0), once(A > B, 1)]
+    result = where(condition[0], A, 0.0) + where(condition[1], B, C)
+    models = part("F32", size).inputs
+    kept = Kept.empty(2, size)
+
+    def merged(wanted):
+        program, out = compile_program(wanted), np.zeros(size, np.float32)
+        for start, stop in ((0, 1024), (1024, 1056), (1056, size)):
+            inputs = [model[start:stop] for model in models]
+            bits = None if wanted.kept is None else wanted.kept.bits
+            piece = kernels.Part(inputs, ["F32"] * 3, start, KEYS, bits)
+            run(program, piece, kernels.Totals.of(program), kernels.Output(out[start:stop], "F32"), wide=wide)
+        return out, program
+
+    plain, program = merged(Wanted(result))
+    assert (program.draws, program.keeps) == (True, frozenset())
+    found, program = merged(Wanted(result, kept=kept))
+    assert (program.draws, program.keeps) == (True, {0, 1})
+    assert found.tobytes() == plain.tobytes()
+    kept.filled.update(program.keeps)
+    found, program = merged(Wanted(result, kept=kept))
+    assert (program.draws, program.keeps) == (False, frozenset())
+    assert found.tobytes() == plain.tobytes()

@@ -32,6 +32,7 @@ from lfm.reuse.merge._work import Room, Work, held_by, takes
 
 SAYS_NOTHING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}  # about the function
 KEEP = 32_000_000  # bytes of a tensor that a thread keeps for the passes over it
+KEEP_BITS = 16_000_000  # bytes of what the first of them found out about its elements
 RESIDENT = 90_000_000  # bytes that the program itself takes, before it holds any part of a model
 TORCH = 250_000_000  # bytes that torch takes, where a method needs it
 FEW = 1 << 14  # elements of a tensor, on average, below which threads do not pay
@@ -199,7 +200,7 @@ def _memory(method: Merge, layout: Layout, context: Context) -> tuple[int, list[
     if budget is None and takes(method) == "tensors":
         return resident + max(largest, min(threads * largest, WHOLE)), []
     if budget is None:
-        return resident + threads * (largest + (KEEP if _measures_tensors(method) else 0)), []
+        return resident + threads * (largest + (KEEP + KEEP_BITS if _measures_tensors(method) else 0)), []
     smallest = resident + _largest(method, layout, SMALLEST)
     if smallest > budget:
         need = f"{math.ceil(smallest / 1e6)}MB"
@@ -256,7 +257,7 @@ def run(method: Merge, inputs: Inputs, context: Context, folder: OutputFolder) -
     threads, chunk = _shares(method, layout, context)
     stream = Stream(checkpoints, Keys(context.seed, checkpoints), tokens, chunk)
     if _measures_tensors(method) and context.settings.memory is None:
-        stream.keep = KEEP
+        stream.keep, stream.keep_bits = KEEP, KEEP_BITS
     if context.settings.device != "cpu":
         from lfm.reuse.merge._machine.devices import runner
 

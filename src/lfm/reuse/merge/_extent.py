@@ -18,7 +18,7 @@ from lfm.reuse.merge._contract import Site
 from lfm.reuse.merge._layout import Target
 from lfm.reuse.merge._machine.array import Array
 from lfm.reuse.merge._machine.kernels import HALF, Output, Totals
-from lfm.reuse.merge._machine.program import Wanted, compile_program
+from lfm.reuse.merge._machine.program import Kept, Wanted, compile_program
 from lfm.reuse.merge._stream import Stream
 
 Values = np.ndarray[Any, Any]
@@ -34,6 +34,7 @@ class TensorExtent:
     stream: Stream
     targets: Sequence[Target]
     pool: ThreadPoolExecutor | None = None
+    kept: Kept | None = None  # of the one tensor, if it is one
 
     @property
     def sources(self) -> int:
@@ -48,7 +49,7 @@ class TensorExtent:
 
     def total(self, of: Callable[[Site], Sequence[tuple[Array, Array]]]) -> Values:
         def look(target: Target) -> Values:
-            return self._scan(target, Wanted(products=of(self.stream.site(target)))).products
+            return self._scan(target, Wanted(products=of(self.stream.site(target)), kept=self.kept)).products
 
         # In the order of the tensors, whatever the order in which they were done.
         found: Values = np.add.accumulate(np.stack(self._map(look, self.targets)), axis=0)[-1]
@@ -83,7 +84,9 @@ class TensorExtent:
     def _scan(self, target: Target, wanted: Wanted) -> Totals:
         program = compile_program(wanted)
         totals = Totals.of(program)
-        self.stream.scan(target, program, totals)
+        self.stream.scan(target, program, totals, kept=wanted.kept)
+        if wanted.kept is not None:
+            wanted.kept.filled.update(program.keeps)
         return totals
 
     def _by_partition(self, of: Look, ranks: Sequence[int]) -> list[float]:

@@ -10,7 +10,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,7 @@ from lfm.reuse.merge._layout import Origin, Target
 from lfm.reuse.merge._machine import kernels
 from lfm.reuse.merge._machine.array import Array
 from lfm.reuse.merge._machine.kernels import Output, Part, Totals
-from lfm.reuse.merge._machine.program import Program, Wanted, compile_program
+from lfm.reuse.merge._machine.program import Kept, Program, Wanted, compile_program
 from lfm.reuse.merge._tokens.aligned import Tokens
 
 CHUNK = 1 << 18  # elements; what a thread holds of them in every model stays in a core's share of the caches
@@ -85,6 +85,7 @@ class Stream:
         self._programs: dict[Any, Program] = {}
         self.run = kernels.run
         self.keep = 0  # bytes of a tensor, in all models together, up to which one read serves several passes
+        self.keep_bits = 0  # bytes of what is found out about a tensor's elements, up to which they are kept likewise
 
     # --- what methods see
 
@@ -109,9 +110,16 @@ class Stream:
             self._programs[key] = compile_program(make())
         return self._programs[key]
 
+    def kept(self, target: Target) -> Kept | None:
+        """Return room for what one pass over a tensor leaves to the next, if there is room."""
+        rows, size = len(target.sources), target.spec.size
+        return Kept.empty(rows, size) if rows * size <= 8 * self.keep_bits else None
+
     # --- running
 
-    def parts(self, target: Target, program: Program | None = None, *, by_rows: bool = False) -> Iterator[Part]:
+    def parts(
+        self, target: Target, program: Program | None = None, kept: Kept | None = None, *, by_rows: bool = False
+    ) -> Iterator[Part]:
         """Yield a tensor's elements in every model, chunk by chunk, and what else a program that is to run on it needs.
 
         The arrays are used again for the next part.
@@ -127,7 +135,7 @@ class Stream:
             for hasher, values in zip(hashers, inputs, strict=True):
                 if hasher is not None:
                     hasher.update(raw_bytes(values))
-            part = Part(inputs, dtypes, start, keys)
+            part = Part(inputs, dtypes, start, keys, None if kept is None else kept.bits)
             yield self._with_ranks(target, part) if ranked else part
         for origin, hasher in zip(origins, hashers, strict=True):
             if hasher is not None:
@@ -146,10 +154,17 @@ class Stream:
             return [values[start : start + count] for values in kept], dtypes
         return [self._read(index, origin, start, count) for index, origin in enumerate(origins)], dtypes
 
-    def scan(self, target: Target, program: Program, totals: Totals, output: Output | None = None) -> None:
+    def scan(
+        self,
+        target: Target,
+        program: Program,
+        totals: Totals,
+        output: Output | None = None,
+        kept: Kept | None = None,
+    ) -> None:
         """Run a program over a tensor; with an output, which takes the whole tensor, for its elements too."""
         wide = is_wide(target)
-        for part in self.parts(target, program):
+        for part in self.parts(target, program, kept):
             place = slice(part.place, part.place + part.size)
             into = None if output is None else Output(output.values[place], output.dtype)
             self.check(target, self.run(program, part, totals, into, wide=wide).inputs)
@@ -219,7 +234,7 @@ class Stream:
             self.check(target, self.run(sizes, part, Totals.of(sizes), out, wide=wide).inputs)
             kernels.rank_rows(out.values, row_length(target))
             ranks.append(out.values)
-        return Part([*part.inputs, *ranks], [*part.dtypes, *["F32"] * len(ranks)], part.place, part.keys)
+        return replace(part, inputs=[*part.inputs, *ranks], dtypes=[*part.dtypes, *["F32"] * len(ranks)])
 
 
 def row_length(target: Target) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lfm.reuse.merge._contract import Extent, Site
-from lfm.reuse.merge._machine.array import Array, array, where
+from lfm.reuse.merge._machine.array import Array, array, once, where
 
 Band = tuple[float, float, float]  # the smallest and the largest size that is kept, and a factor on what is kept
 
@@ -87,15 +87,15 @@ def thinned(site: Site, shares: Sequence[Array | float], *, divide: bool) -> lis
     rest is 0.
     """
     return [
-        _thinned(site.random(index), delta, share, divide)
+        _thinned(delta, share, index, site.random(index), divide)
         for index, (delta, share) in enumerate(zip(site.deltas, shares, strict=True))
     ]
 
 
-def _thinned(random: Array, delta: Array, share: Array | float, divide: bool) -> Array:
+def _thinned(delta: Array, share: Array | float, index: int, random: Array, divide: bool) -> Array:
     if not isinstance(share, Array) and not 0 < share < 1:
         return delta if share else array(0.0)
-    return where(random < share, delta / share if divide else delta, 0.0)
+    return where(once(random < share, index), delta / share if divide else delta, 0.0)
 
 
 def shares_by_rank(site: Site) -> list[Array | float]:

@@ -21,7 +21,7 @@ from lfm.reuse.merge._layout import Layout, Target
 from lfm.reuse.merge._machine import kernels
 from lfm.reuse.merge._machine.array import Array, total
 from lfm.reuse.merge._machine.kernels import Output, Totals
-from lfm.reuse.merge._machine.program import Program, Wanted, compile_program
+from lfm.reuse.merge._machine.program import Kept, Program, Wanted, compile_program
 from lfm.reuse.merge._stream import CHUNK, UNIT, Stream, is_wide, row_length
 
 
@@ -120,10 +120,11 @@ class Work:
             self._merge(target)
 
     def _merge(self, target: Target) -> None:
-        program = self._program(target)
+        kept = self.stream.kept(target) if self._scope(target) == "tensor" else None
+        program = self._program(target, kept)
         totals = Totals.of(program)
         wide = is_wide(target)
-        for part in self.stream.parts(target, program):
+        for part in self.stream.parts(target, program, kept):
             output = Output(self.stream.buffer("output", target.spec.dtype, part.size), target.spec.dtype)
             broken = self.stream.run(program, part, totals, output, wide=wide)
             self.stream.check(target, broken.inputs)
@@ -132,7 +133,7 @@ class Work:
             moved, before = totals.products
             self._moved[target.name] = (float(moved), float(before))
 
-    def _program(self, target: Target) -> Program:
+    def _program(self, target: Target, kept: Kept | None) -> Program:
         site = self.stream.site(target)
         rounding = self.inputs.rounding == "stochastic" and target.spec.dtype in ("BF16", "F16")
         if target.kind == "average":
@@ -141,19 +142,19 @@ class Work:
             )
         method = self._elementwise(target)
         if method.measures == "tensor":
-            measured, key = method.measure(TensorExtent(self.stream, [target])), None
+            measured, key = method.measure(TensorExtent(self.stream, [target], kept=kept)), None
         else:
             measured = self._measured.get(target.name)
             key = (site, measured, rounding)
-        return self.stream.program(key, lambda: self._wanted(method.merge(site, measured), site, rounding))
+        return self.stream.program(key, lambda: self._wanted(method.merge(site, measured), site, rounding, kept))
 
     @staticmethod
-    def _wanted(merged: Array, site: Site, stochastic: bool) -> Wanted:
+    def _wanted(merged: Array, site: Site, stochastic: bool, kept: Kept | None = None) -> Wanted:
         noise = site.random(len(site.sources)) if stochastic else None
         if site.base is None:
-            return Wanted(merged, noise)
+            return Wanted(merged, noise, kept=kept)
         change = merged - site.base
-        return Wanted(merged, noise, products=[(change, change), (site.base, site.base)])
+        return Wanted(merged, noise, products=[(change, change), (site.base, site.base)], kept=kept)
 
     def _merge_whole(self, target: Target) -> None:
         method = target.resolved.method if target.resolved else None

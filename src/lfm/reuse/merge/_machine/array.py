@@ -20,7 +20,7 @@ class Array:
     def __init__(self, op: str, of: tuple[Array, ...] = (), *, index: int = 0, value: float = 0.0) -> None:
         self.op = op
         self.of = of
-        self.index = index  # which input, or which stream of random numbers
+        self.index = index  # which input, stream of random numbers, or row of kept bits
         self.value = value
 
     def __add__(self, other: Array | float) -> Array:
@@ -87,6 +87,13 @@ def where(condition: Array, then: Array | float, otherwise: Array | float) -> Ar
 def equal(one: Array, other: Array | float) -> Array:
     """Return 1 where two arrays are equal, 0 elsewhere."""
     return Array("EQ", (one, array(other)))
+
+
+def once(condition: Array, index: int) -> Array:
+    """Return the condition, which costs so much that it is worth a bit of memory for each element: where a tensor is
+    passed over again, and the engine has room, it is not worked out again. Each has an index of its own in a merge.
+    """
+    return Array("ONCE", (condition,), index=index)
 
 
 def sign(of: Array) -> Array:

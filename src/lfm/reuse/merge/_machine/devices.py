@@ -14,7 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from lfm.reuse.merge._machine.kernels import HALF, LN_2, LOG2_E, ROUNDER, TERMS, Broken, Output, Part, Totals
+from lfm.reuse.merge._machine.kernels import (
+    HALF,
+    LN_2,
+    LOG2_E,
+    ROUNDER,
+    TERMS,
+    Broken,
+    Output,
+    Part,
+    Totals,
+    keep,
+    recalled,
+)
 from lfm.reuse.merge._machine.program import OPS, Program
 
 Values = torch.Tensor
@@ -69,6 +81,10 @@ class _Machine:
                 registers[to] = uniform(self._part.keys[a], self._part.place, self._part.size, self._device).to(
                     self._real
                 )
+            elif op == "RECALL":
+                registers[to] = torch.from_numpy(recalled(self._part, a)).to(self._device, self._real)
+            elif op == "KEEP":
+                keep(self._part, to, (registers[a] != 0).cpu().numpy())
             elif op in _ARITHMETIC:
                 operands = [registers[index] for index in (a, b, c) if index >= 0]
                 registers[to] = _ARITHMETIC[op](*operands).to(self._real)

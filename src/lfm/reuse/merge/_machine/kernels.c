@@ -7,6 +7,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #define TILE 1024
 #define LANES 32
@@ -129,35 +132,63 @@ static int store(int dtype, const REAL *from, const REAL *noise, char *to, int64
     return bad;
 }
 
-/* --- random numbers: Philox4x32-7 (Salmon et al. 2011, who find 7 rounds to pass every test that they know); element i is word i % 4 of block i / 4 */
+/* --- random numbers: Philox4x32-7 (Salmon et al. 2011, who find 7 rounds to pass every test that they know); element i
+ * is word i % 4 of block i / 4 */
+
+#define ROUNDS 7
+#define M0 0xD2511F53u
+#define M1 0xCD9E8D57u
+#define W0 0x9E3779B9u
+#define W1 0xBB67AE85u
+
+#ifdef __AVX2__
+
+/* Four blocks at a time, a word in the lower half of 64 bits: what a product leaves in the upper half is never read. */
+static void draw_words(uint32_t *words, uint64_t key, uint64_t first) {
+    const __m256i m0 = _mm256_set1_epi64x(M0), m1 = _mm256_set1_epi64x(M1);
+    for (int i = 0; i < TILE / 4; i += 4) {
+        __m256i x0 = _mm256_add_epi64(_mm256_set1_epi64x((int64_t)first + i), _mm256_set_epi64x(3, 2, 1, 0));
+        __m256i x1 = _mm256_srli_epi64(x0, 32), x2 = _mm256_setzero_si256(), x3 = x2;
+        uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+        for (int round = 0; round < ROUNDS; round++) {
+            __m256i p = _mm256_mul_epu32(x0, m0), q = _mm256_mul_epu32(x2, m1);
+            x0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(q, 32), x1), _mm256_set1_epi64x(k0));
+            x2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p, 32), x3), _mm256_set1_epi64x(k1));
+            x1 = q, x3 = p;
+            k0 += W0, k1 += W1;
+        }
+        __m256i one = _mm256_blend_epi32(x0, _mm256_slli_epi64(x1, 32), 0xAA);
+        __m256i two = _mm256_blend_epi32(x2, _mm256_slli_epi64(x3, 32), 0xAA);
+        __m256i even = _mm256_unpacklo_epi64(one, two), odd = _mm256_unpackhi_epi64(one, two);
+        _mm256_storeu_si256((__m256i *)(words + 4 * i), _mm256_permute2x128_si256(even, odd, 0x20));
+        _mm256_storeu_si256((__m256i *)(words + 4 * i + 8), _mm256_permute2x128_si256(even, odd, 0x31));
+    }
+}
+
+#else
+
+static void draw_words(uint32_t *words, uint64_t key, uint64_t first) {
+    for (int i = 0; i < TILE / 4; i++) {
+        uint32_t x0 = (uint32_t)(first + i), x1 = (uint32_t)((first + i) >> 32), x2 = 0, x3 = 0;
+        uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+        for (int round = 0; round < ROUNDS; round++) {
+            uint64_t p = (uint64_t)M0 * x0, q = (uint64_t)M1 * x2;
+            x0 = (uint32_t)(q >> 32) ^ x1 ^ k0;
+            x1 = (uint32_t)q;
+            x2 = (uint32_t)(p >> 32) ^ x3 ^ k1;
+            x3 = (uint32_t)p;
+            k0 += W0, k1 += W1;
+        }
+        words[4 * i] = x0, words[4 * i + 1] = x1, words[4 * i + 2] = x2, words[4 * i + 3] = x3;
+    }
+}
+
+#endif
 
 static void draw(REAL *restrict to, uint64_t key, uint64_t place) {
-    uint32_t x0[TILE / 4], x1[TILE / 4], x2[TILE / 4], x3[TILE / 4];
-    uint64_t first = place / 4;
-    for (int i = 0; i < TILE / 4; i++) {
-        x0[i] = (uint32_t)(first + i);
-        x1[i] = (uint32_t)((first + i) >> 32);
-        x2[i] = x3[i] = 0;
-    }
-    uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-    for (int round = 0; round < 7; round++) {
-        for (int i = 0; i < TILE / 4; i++) {
-            uint64_t p = (uint64_t)0xD2511F53u * x0[i], q = (uint64_t)0xCD9E8D57u * x2[i];
-            uint32_t a = (uint32_t)(q >> 32) ^ x1[i] ^ k0, b = (uint32_t)(p >> 32) ^ x3[i] ^ k1;
-            x0[i] = a;
-            x1[i] = (uint32_t)q;
-            x2[i] = b;
-            x3[i] = (uint32_t)p;
-        }
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    for (int i = 0; i < TILE / 4; i++) {
-        to[4 * i] = (REAL)((float)(int32_t)(x0[i] >> 8) * 0x1p-24f);
-        to[4 * i + 1] = (REAL)((float)(int32_t)(x1[i] >> 8) * 0x1p-24f);
-        to[4 * i + 2] = (REAL)((float)(int32_t)(x2[i] >> 8) * 0x1p-24f);
-        to[4 * i + 3] = (REAL)((float)(int32_t)(x3[i] >> 8) * 0x1p-24f);
-    }
+    uint32_t words[TILE];
+    draw_words(words, key, place / 4);
+    for (int i = 0; i < TILE; i++) to[i] = (REAL)((float)(int32_t)(words[i] >> 8) * 0x1p-24f);
 }
 
 /* --- exp and tanh for |x| <= 700, in double: of + - * / alone, so that the numpy twin gives the same bits
@@ -193,6 +224,27 @@ static inline double hyperbolic_tangent(double x) {
     split_power(2 * x, &power, &rest);
     double grown = power * rest + (power - 1); /* e^2x - 1 */
     return grown / (grown + 2);
+}
+
+/* --- conditions that are kept: a bit for each element, the lowest of a byte first */
+
+static void keep(const REAL *from, uint8_t *bits, int count) {
+    uint8_t flags[TILE];
+    for (int i = 0; i < TILE; i++) flags[i] = i < count && from[i] != 0;
+    for (int i = 0; i < count; i += 8) {
+        uint64_t eight;
+        memcpy(&eight, flags + i, 8);
+        bits[i / 8] = (uint8_t)(eight * 0x0102040810204080u >> 56); /* moves bit 8 j to bit 56 + j */
+    }
+}
+
+static void recall(const uint8_t *bits, REAL *to, int count) {
+    uint8_t flags[TILE] = {0};
+    for (int i = 0; i < count; i += 8) {
+        uint64_t eight = bits[i / 8] * 0x0101010101010101u & 0x8040201008040201u;
+        memcpy(flags + i, &eight, 8);
+    }
+    for (int i = 0; i < TILE; i++) to[i] = (REAL)(flags[i] != 0);
 }
 
 /* --- what is found out about all elements */
@@ -247,8 +299,8 @@ static void look_for_largest(const REAL *from, double *largest, int count) {
  * registers hold what their steps' values say. `bad` gets a 1 for each input with numbers that are not finite, and one
  * more, the last, for the output. */
 int lfm_run(const Step *steps, int length, int registers, int constants, const double *values, char *const *inputs,
-            const int32_t *dtypes, int n_inputs, const uint64_t *keys, char *output, int output_dtype, int64_t place,
-            int64_t count, double *lanes, double *largest, uint32_t *counts, int32_t *bad) {
+            const int32_t *dtypes, int n_inputs, const uint64_t *keys, uint8_t *bits, int64_t bits_row, char *output,
+            int output_dtype, int64_t place, int64_t count, double *lanes, double *largest, uint32_t *counts, int32_t *bad) {
     REAL *file = NULL;
     if (posix_memalign((void **)&file, 64, (size_t)registers * TILE * sizeof(REAL))) return 1;
     for (int r = 0; r < constants; r++)
@@ -277,6 +329,8 @@ int lfm_run(const Step *steps, int length, int registers, int constants, const d
             case OP_WHERE: EACH(a[i] != 0 ? b[i] : c[i]);
             case OP_EXP: EACH((REAL)exponential((double)a[i]));
             case OP_TANH: EACH((REAL)hyperbolic_tangent((double)a[i]));
+            case OP_RECALL: recall(bits + step->a * bits_row + (place + begin) / 8, to, many); break;
+            case OP_KEEP: keep(a, bits + step->to * bits_row + (place + begin) / 8, many); break;
             case OP_STORE: bad[n_inputs] |= store(output_dtype, a, step->b < 0 ? NULL : b, output, begin, many); break;
             case OP_DOT: add_products(a, b, lanes + (size_t)step->to * LANES, many); break;
             case OP_LARGEST: look_for_largest(a, largest + step->to, many); break;
@@ -289,33 +343,81 @@ int lfm_run(const Step *steps, int length, int registers, int constants, const d
     return 0;
 }
 
-/* --- ranks within rows: a stable radix sort of the bits of magnitudes, a byte at a time, with places beside them */
+/* --- ranks within rows
+ *
+ * A pair holds a magnitude's bits and, below them, its place, so that pairs in order are magnitudes in order, and equal
+ * ones by their places. */
+
+static uint64_t pair_of(float value, int64_t place) {
+    return (uint64_t)(bits_of(value) & 0x7fffffffu) << 32 | (uint64_t)place;
+}
+
+static void starts(uint32_t *counts, int64_t many) {
+    uint32_t sum = 0;
+    for (int64_t i = 0; i < many; i++) {
+        uint32_t here = counts[i];
+        counts[i] = sum;
+        sum += here;
+    }
+}
+
+/* Sorts in any case: a byte at a time, from the lowest. */
+static uint64_t *sort_by_bytes(const float *values, int64_t row, uint64_t *pairs, uint64_t *others) {
+    uint32_t counts[4][256] = {{0}};
+    for (int64_t i = 0; i < row; i++) {
+        uint32_t bits = bits_of(values[i]) & 0x7fffffffu;
+        pairs[i] = pair_of(values[i], i);
+        counts[0][bits & 255]++, counts[1][bits >> 8 & 255]++, counts[2][bits >> 16 & 255]++, counts[3][bits >> 24]++;
+    }
+    for (int digit = 0; digit < 4; digit++) {
+        uint32_t shift = 32 + 8 * digit;
+        if (counts[digit][pairs[0] >> shift & 255] == row) continue; /* all alike in this byte */
+        starts(counts[digit], 256);
+        for (int64_t i = 0; i < row; i++) others[counts[digit][pairs[i] >> shift & 255]++] = pairs[i];
+        uint64_t *swap = pairs;
+        pairs = others, others = swap;
+    }
+    return pairs;
+}
+
+/* Sorts magnitudes that are spread out, as those of trained weights are, in one pass: into buckets of equal width, which
+ * leaves little to put in order. Returns NULL, and leaves it to bytes, where too many share a bucket. */
+static uint64_t *sort_by_size(const float *values, int64_t row, uint64_t *pairs, uint32_t *counts, int64_t buckets) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < row; i++) {
+        uint32_t bits = bits_of(values[i]) & 0x7fffffffu;
+        most = most < bits ? bits : most;
+    }
+    float largest;
+    memcpy(&largest, &most, 4);
+    float scale = (float)(buckets - 1) / largest;
+    if (!(scale <= 3.4028235e38f) || !(scale > 0)) return NULL;
+    memset(counts, 0, (size_t)buckets * 4);
+    for (int64_t i = 0; i < row; i++) counts[(int32_t)(fabsf(values[i]) * scale)]++;
+    starts(counts, buckets);
+    for (int64_t i = 0; i < row; i++) pairs[counts[(int32_t)(fabsf(values[i]) * scale)]++] = pair_of(values[i], i);
+    int64_t moves = 0;
+    for (int64_t i = 1; i < row && moves <= 8 * row; i++) {
+        uint64_t pair = pairs[i];
+        int64_t j = i;
+        for (; j && pairs[j - 1] > pair; j--) pairs[j] = pairs[j - 1];
+        pairs[j] = pair;
+        moves += i - j;
+    }
+    return moves <= 8 * row ? pairs : NULL;
+}
 
 int lfm_rank_rows(float *values, int64_t count, int64_t row) {
-    uint64_t *pairs = malloc((size_t)row * 16), *others = pairs + row, *memory = pairs;
-    if (!memory) return 1;
+    int64_t buckets = 2;
+    while (buckets < row && buckets < 1 << 20) buckets *= 2;
+    uint64_t *pairs = malloc((size_t)row * 16 + (size_t)buckets * 4);
+    if (!pairs) return 1;
     for (float *begin = values; begin < values + count; begin += row) {
-        uint32_t counts[4][256] = {{0}};
-        for (int64_t i = 0; i < row; i++) {
-            uint32_t bits = bits_of(begin[i]) & 0x7fffffffu;
-            pairs[i] = (uint64_t)bits << 32 | (uint64_t)i;
-            counts[0][bits & 255]++, counts[1][bits >> 8 & 255]++, counts[2][bits >> 16 & 255]++, counts[3][bits >> 24]++;
-        }
-        for (int digit = 0; digit < 4; digit++) {
-            uint32_t sum = 0, shift = 32 + 8 * digit;
-            if (counts[digit][pairs[0] >> shift & 255] == row) continue; /* all alike in this byte */
-            for (int bucket = 0; bucket < 256; bucket++) {
-                uint32_t here = counts[digit][bucket];
-                counts[digit][bucket] = sum;
-                sum += here;
-            }
-            for (int64_t i = 0; i < row; i++) others[counts[digit][pairs[i] >> shift & 255]++] = pairs[i];
-            uint64_t *swap = pairs;
-            pairs = others, others = swap;
-        }
+        uint64_t *sorted = sort_by_size(begin, row, pairs, (uint32_t *)(pairs + 2 * row), buckets);
+        if (!sorted) sorted = sort_by_bytes(begin, row, pairs, pairs + row);
         float step = row > 1 ? 1.0f / (float)(row - 1) : 0.5f;
-        for (int64_t i = 0; i < row; i++) begin[(uint32_t)pairs[i]] = row > 1 ? (float)i * step : 0.5f;
+        for (int64_t i = 0; i < row; i++) begin[(uint32_t)sorted[i]] = row > 1 ? (float)i * step : 0.5f;
     }
-    free(memory);
+    free(pairs);
     return 0;
 }

@@ -62,6 +62,7 @@ class Part:
     dtypes: list[str]
     place: int = 0
     keys: tuple[int, ...] = ()
+    bits: Values | None = None  # of all elements, where conditions are kept: see `once`
 
     @property
     def size(self) -> int:
@@ -119,7 +120,11 @@ def _native(wide: bool) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError):
         return None
     at, whole, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    library.lfm_run.argtypes = [at, whole, whole, whole, at, at, at, whole, at, at, whole, long, long, at, at, at, at]
+    library.lfm_run.argtypes = [
+        *(at, whole, whole, whole, at),  # the program
+        *(at, at, whole, at, at, long),  # the models, and what belongs to their elements
+        *(at, whole, long, long, at, at, at, at),  # the results
+    ]
     library.lfm_rank_rows.argtypes = [at, long, long]
     return library
 
@@ -169,6 +174,8 @@ def _run_native(library: ctypes.CDLL, program: Program, part: Part, totals: Tota
         (ctypes.c_int32 * count)(*(CODES[dtype] for dtype in part.dtypes)),
         count,
         (ctypes.c_uint64 * max(len(part.keys), 1))(*part.keys),
+        None if part.bits is None else _address(part.bits),
+        0 if part.bits is None else part.bits.shape[1],
         None if output is None else _address(output.values),
         0 if output is None else CODES[output.dtype],
         part.place,
@@ -222,6 +229,10 @@ def run_numpy(program: Program, part: Part, totals: Totals, output: Output | Non
                 bad[a] |= not _finite(part.inputs[a], part.dtypes[a])
             elif op == "RANDOM":
                 registers[to] = uniform(part.keys[a], part.place, part.size).astype(real)
+            elif op == "RECALL":
+                registers[to] = recalled(part, a).astype(real)
+            elif op == "KEEP":
+                keep(part, to, np.broadcast_to(registers[a], part.size) != 0)
             elif op in _ARITHMETIC:
                 operands = [registers[index] for index in (a, b, c) if index >= 0]
                 registers[to] = np.asarray(_ARITHMETIC[op](*operands), dtype=real)
@@ -294,6 +305,22 @@ def _note(op: str, to: int, value: float, of: list[Values], totals: Totals) -> N
         bits = np.ascontiguousarray(of[0].astype(np.float32)).view(np.uint32) & 0x7FFFFFFF
         halves = bits >> 16 if op == "HIGH" else bits[bits >> 16 == int(value)] & 0xFFFF
         totals.counts[to] += np.bincount(halves, minlength=HALF).astype(np.uint32)
+
+
+def keep(part: Part, row: int, condition: Values) -> None:
+    """Keep a condition on the elements of a part."""
+    _bits(part, row)[:] = np.packbits(condition, bitorder="little")
+
+
+def recalled(part: Part, row: int) -> Values:
+    """Return a condition that was kept, as 0 and 1."""
+    return np.unpackbits(_bits(part, row), count=part.size, bitorder="little")
+
+
+def _bits(part: Part, row: int) -> Values:
+    if part.bits is None:
+        raise AssertionError("there is no room to keep a condition")
+    return part.bits[row, part.place // 8 : -(-(part.place + part.size) // 8)]
 
 
 def widened(raw: Values, dtype: str) -> Values:

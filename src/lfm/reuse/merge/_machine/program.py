@@ -17,8 +17,8 @@ from lfm.reuse.merge._machine.array import Array
 
 OPS = (
     *("INPUT", "RANDOM", "ADD", "SUB", "MUL", "DIV", "ABS", "SQRT", "SIGN", "MIN", "MAX", "LT", "LE", "EQ", "WHERE"),
-    *("EXP", "TANH"),
-    *("STORE", "DOT", "LARGEST", "HIGH", "LOW"),
+    *("EXP", "TANH", "RECALL"),
+    *("STORE", "KEEP", "DOT", "LARGEST", "HIGH", "LOW"),
 )
 NUMBERS = {op: number for number, op in enumerate(OPS)}
 STEP = np.dtype([("op", "i4"), ("to", "i4"), ("a", "i4"), ("b", "i4"), ("c", "i4"), ("spare", "i4"), ("value", "f8")])
@@ -34,6 +34,19 @@ class Wanted:
     largest: Sequence[Array] = ()  # the largest element
     high: Sequence[Array] = ()  # how often each value of the upper half of |x|'s float32 bits occurs
     low: Sequence[tuple[Array, int]] = ()  # the same of the lower half, where the upper one is the number given
+    kept: Kept | None = None  # where conditions that cost much are kept, or found, if anywhere
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Conditions (see `once`) on all elements of a tensor, as bits: a row for each, and which rows are filled."""
+
+    bits: np.ndarray[Any, Any]
+    filled: set[int]
+
+    @classmethod
+    def empty(cls, rows: int, size: int) -> Kept:
+        return cls(np.empty((rows, -(-size // 8)), np.uint8), set())
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,11 @@ class Program:
         return any(OPS[step[0]] == "RANDOM" for step in self.steps)
 
     @cached_property
+    def keeps(self) -> frozenset[int]:
+        """Which rows of bits are filled."""
+        return frozenset(step[1] for step in self.steps if OPS[step[0]] == "KEEP")
+
+    @cached_property
     def inputs(self) -> int:
         """How many inputs there have to be."""
         return max((step[2] + 1 for step in self.steps if OPS[step[0]] == "INPUT"), default=0)
@@ -82,12 +100,15 @@ def compile_program(wanted: Wanted) -> Program:
     ends += [("HIGH", index, (one,), 0.0) for index, one in enumerate(wanted.high)]
     after = len(wanted.high)
     ends += [("LOW", after + index, (one,), float(half)) for index, (one, half) in enumerate(wanted.low)]
-    return _Compiler(ends).program(len(wanted.products), len(wanted.largest), after + len(wanted.low))
+    compiler = _Compiler(ends, wanted.kept)
+    return compiler.program(len(wanted.products), len(wanted.largest), after + len(wanted.low))
 
 
 class _Compiler:
-    def __init__(self, ends: list[tuple[str, int, tuple[Array, ...], float]]) -> None:
+    def __init__(self, ends: list[tuple[str, int, tuple[Array, ...], float]], kept: Kept | None) -> None:
         self._ends = ends
+        self._kept = kept
+        self._keeps: dict[int, int] = {}  # rows of bits that are filled, and from what
         self._keys: dict[Array, int] = {}  # arrays that are made the same way have one key
         self._known: dict[tuple[Any, ...], int] = {}
         self._made: list[tuple[str, tuple[int, ...], int, float]] = []
@@ -95,6 +116,7 @@ class _Compiler:
 
     def program(self, products: int, largest: int, counts: int) -> Program:
         ends = [(op, index, tuple(self._key(array) for array in of), value) for op, index, of, value in self._ends]
+        ends += [("KEEP", row, (key,), 0.0) for row, key in self._keeps.items()]
         constants = [key for key in range(len(self._made)) if self._made[key][0] == "VALUE"]
         place = {key: register for register, key in enumerate(constants)}
         steps, registers = self._allocate(ends, place, len(constants))
@@ -106,13 +128,20 @@ class _Compiler:
         waiting = [array]
         while waiting:
             node = waiting[-1]
-            missing = [part for part in node.of if part not in self._keys] if node not in self._keys else []
+            recalled = node.op == "ONCE" and self._kept is not None and node.index in self._kept.filled
+            of = () if recalled else node.of
+            missing = [part for part in of if part not in self._keys] if node not in self._keys else []
             if missing:
                 waiting += reversed(missing)
                 continue
             waiting.pop()
-            if node not in self._keys:
-                made = (node.op, tuple(self._keys[part] for part in node.of), node.index, node.value)
+            if node.op == "ONCE" and not recalled:
+                self._keys[node] = self._keys[node.of[0]]
+                if self._kept is not None:
+                    self._keeps[node.index] = self._keys[node]
+            elif node not in self._keys:
+                op = "RECALL" if recalled else node.op
+                made = (op, tuple(self._keys[part] for part in of), node.index, node.value)
                 # 0.0 == -0.0 and 1 == True, but repr tells them apart
                 told = repr(node.value) if node.op == "VALUE" else ""
                 self._keys[node] = self._known.setdefault((*made[:3], told), len(self._made))
