@@ -10,9 +10,10 @@ Importing this imports neither torch nor numpy.
 __version__ = "0.1.0"
 
 # The packages first: the first import of one puts it under its name here, and that must not be after the functions.
+from lfm import distill as _distill  # noqa: F401
 from lfm import evaluate as _evaluate  # noqa: F401
 from lfm import tune as _tune  # noqa: F401
-from lfm.api import advise, ensemble, evaluate, load, merge, rank, run, tune
+from lfm.api import advise, distill, ensemble, evaluate, load, merge, rank, run, tune
 from lfm.checkpoint import Checkpoint, Delta, open_checkpoint
 from lfm.data import DataSpec
 from lfm.errors import AccessError, BudgetError, LfmError, RequestError, UnsafeError
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "advise",
     "cards",
+    "distill",
     "ensemble",
     "evaluate",
     "load",

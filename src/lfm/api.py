@@ -281,6 +281,36 @@ def tune(
     return _one(method, "tune", keys, out, seed, overwrite, settings)
 
 
+def distill(
+    method: str | Method,
+    teacher: ModelLike,
+    student: ModelLike | Mapping[str, Any],
+    *,
+    out: str | Path,
+    data: str | Path | DataSpec | Mapping[str, Any] | None = None,
+    validation: str | Path | DataSpec | Mapping[str, Any] | None = None,
+    length: int = 256,
+    dtype: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    settings: Settings | None = None,
+) -> Checkpoint:
+    """Teach a student what a teacher knows, into the new folder `out`, and return it; `method` as for `merge`.
+
+    The student is a model, a new one (`{"config": ...}`, `{"module": ...}`), or is made from the teacher
+    (`{"layers": 4}`). Methods without data make their own inputs.
+    """
+    keys = {
+        "teacher": _plain(teacher),
+        "student": _plain(student),
+        "data": _plain(data),
+        "validation": _plain(validation),
+        "length": length,
+        "dtype": dtype,
+    }
+    return _one(method, "distill", keys, out, seed, overwrite, settings)
+
+
 def evaluate(
     models: Sequence[ModelLike], measures: Mapping[str, Any], *, seed: int = 0, settings: Settings | None = None
 ) -> list[Measurement]:

@@ -296,7 +296,7 @@ def _method_class(tree: ast.Module, module: str) -> tuple[Verb, str, ast.ClassDe
     found = [
         (*contracts[base.id], node)
         for node in tree.body
-        if isinstance(node, ast.ClassDef)
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
         for base in node.bases
         if isinstance(base, ast.Name) and base.id in contracts
     ]

@@ -29,17 +29,15 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lfm.models.encode import Batch
+    from lfm.models.encode import Batch, Examples
 
 LOG = logging.getLogger("lfm")
 Loss = Callable[["nn.Module", "Batch"], "Mapping[str, torch.Tensor]"]
 
 
-class Trained(Method):
-    """A method that trains: how long, how fast, and when to stop."""
+class Optimised(Method):
+    """A method that trains by AdamW: how fast, and with how much at a time."""
 
-    epochs: float = Field(3.0, gt=0, description="Passes over the data.")
-    steps: int | None = Field(None, ge=1, description="Optimiser steps, in place of epochs.")
     batch_size: int = Field(16, ge=1, description="Examples (windows, for text) in a batch.")
     accumulate: int = Field(1, ge=1, description="Batches whose gradients are averaged into one step.")
     learning_rate: float = Field(1e-4, ge=0, description="Peak learning rate of AdamW.")
@@ -48,6 +46,13 @@ class Trained(Method):
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay; not on biases and norms.")
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Arithmetic of forward and backward pass.")
+
+
+class Trained(Optimised):
+    """A method that trains on data: for how long, and when to stop."""
+
+    epochs: float = Field(3.0, gt=0, description="Passes over the data.")
+    steps: int | None = Field(None, ge=1, description="Optimiser steps, in place of epochs.")
     patience: int | None = Field(
         None, ge=1, description="Stop after this many validations without a better loss, and return the best weights."
     )
@@ -58,6 +63,31 @@ class Source(Protocol):
     """Where batches come from. The same number gives the same batch, so that a run can be taken up again."""
 
     def batch(self, number: int) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """Batches of examples, in a new order each epoch; batch `number` is a function of the seed and that number."""
+
+    examples: Examples
+    batch_size: int
+    seed: int
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return math.ceil(len(self.examples) / min(self.batch_size, len(self.examples)))
+
+    def batch(self, number: int) -> Batch:
+        size = min(self.batch_size, len(self.examples))
+        epoch, place = divmod(number, self.per_epoch)
+        return self.examples.batch(self._order(epoch)[place * size : (place + 1) * size])
+
+    def _order(self, epoch: int) -> list[int]:
+        import torch
+
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        return torch.randperm(len(self.examples), generator=generator).tolist()
 
 
 @runtime_checkable
@@ -101,7 +131,7 @@ def fit(
     source: Source,
     loss: Loss,
     groups: Iterable[Mapping[str, Any]],
-    method: Trained,
+    method: Optimised,
     *,
     steps: int,
     seed: int,
@@ -145,9 +175,10 @@ def fit(
             while state.step < steps:
                 _step(state, loss, method, steps, seed, accelerator)
                 progress.advance(1, f"loss {state.log.steps[-1]['loss']:.4g}")
-                due = state.step % method.validate_every == 0 or state.step == steps
-                if validate is not None and due and _stop(state, validate, method):
-                    break
+                if validate is not None and isinstance(method, Trained):
+                    due = state.step % method.validate_every == 0 or state.step == steps
+                    if due and _stop(state, validate, method):
+                        break
                 if time.monotonic() - saved_at >= save_seconds:
                     _save(state, resume)
                     saved_at = time.monotonic()
@@ -183,7 +214,7 @@ def _train_mode(module: nn.Module) -> None:
             part.eval()
 
 
-def _step(state: _State, loss: Loss, method: Trained, steps: int, seed: int, accelerator: Any) -> None:
+def _step(state: _State, loss: Loss, method: Optimised, steps: int, seed: int, accelerator: Any) -> None:
     """Take one optimiser step, and log it."""
     import torch
 
@@ -234,7 +265,7 @@ def _stop(state: _State, validate: Callable[[], float], method: Trained) -> bool
     return state.step - state.best_step >= method.patience * method.validate_every
 
 
-def _rate(step: int, steps: int, method: Trained) -> float:
+def _rate(step: int, steps: int, method: Optimised) -> float:
     """Return the share of the peak learning rate at a step (from 0)."""
     rising = math.ceil(method.warmup * steps)
     if step < rising:

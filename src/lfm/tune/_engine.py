@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -13,12 +12,12 @@ from lfm.checkpoint import OutputFolder, Spec
 from lfm.data import DataSpec, Rows
 from lfm.errors import RequestError
 from lfm.models.anatomy import anatomy
-from lfm.models.encode import IGNORE, Batch, Examples, class_names, inputs_of, targets
+from lfm.models.encode import IGNORE, Batch, class_names, inputs_of, targets
 from lfm.models.handle import Model
 from lfm.models.local import forward, load_model, save_model
 from lfm.models.ref import Task
 from lfm.recipe.step import Context, Outline, StepPlan, StepResult
-from lfm.train import fit
+from lfm.train import Epochs, fit
 from lfm.tune._contract import Inputs, Tune
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -150,23 +149,4 @@ def _validation(model: Model, inputs: Inputs, context: Context, batch_size: int)
     return mean_loss
 
 
-@dataclass(frozen=True)
-class Epochs:
-    """Batches of examples, in a new order each epoch; batch `number` is a function of the seed and that number."""
-
-    examples: Examples
-    batch_size: int
-    seed: int
-
-    def batch(self, number: int) -> Batch:
-        size, count = min(self.batch_size, len(self.examples)), len(self.examples)
-        per_epoch = math.ceil(count / size)
-        epoch, place = divmod(number, per_epoch)
-        return self.examples.batch(self._order(epoch)[place * size : (place + 1) * size])
-
-    def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        return torch.randperm(len(self.examples), generator=generator).tolist()
-
-
-__all__ = ["Epochs", "plan", "run", "task_loss"]
+__all__ = ["plan", "run", "task_loss"]

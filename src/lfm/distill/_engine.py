@@ -1,0 +1,99 @@
+"""Plans distillation, loads teacher and student, and leaves the loop to what the method learns from."""
+
+from __future__ import annotations
+
+from lfm.checkpoint import OutputFolder
+from lfm.distill._contract import DataFree, Inputs, Matching, Smaller
+from lfm.errors import RequestError
+from lfm.method import Access, Data, Method
+from lfm.models.ref import ModelRef
+from lfm.recipe.step import Context, Outline, StepPlan, StepResult
+
+STATES = 16  # bytes that a weight takes in training: itself, its gradient, two moments
+
+
+def plan(method: Method, inputs: Inputs, context: Context) -> StepPlan:
+    """Return what distillation will read, write and take, and everything that speaks against it."""
+    problems = _data_problems(method, inputs, context)
+    refs = [inputs.teacher, *([inputs.student] if isinstance(inputs.student, ModelRef) else [])]
+    try:
+        outlines = context.outlines(refs)
+    except RequestError as error:
+        raise RequestError(*problems, *error.problems) from None
+    teacher, student = outlines[0], outlines[-1]
+    problems += _teacher_problems(method, teacher, context)
+    if isinstance(inputs.student, Smaller):
+        problems += _smaller_problems(inputs, teacher)
+    elif student.access < Access.WEIGHTS:
+        problems.append(f"{student.ref.label}: a student has to be trained, and offers no weights")
+    elif isinstance(method, Matching) and not method.crosses:
+        problems += _tokenizer_problems(teacher, student)
+    floats = sum(spec.size for spec in student.specs.values())
+    output = Outline(context.resolve(student.ref), student.specs, student.config, student.vocabulary)
+    reads = sum(outline.nbytes for outline in outlines)
+    memory = sum(spec.size for spec in teacher.specs.values()) * 4 + floats * STATES
+    return StepPlan(output, reads, floats * 4, memory, problems=tuple(problems))
+
+
+def _data_problems(method: Method, inputs: Inputs, context: Context) -> list[str]:
+    name = type(method).__name__
+    problems: list[str] = []
+    if type(method).needs.data is Data.NONE:
+        given = [role for role in ("data", "validation") if getattr(inputs, role) is not None]
+        return [f"{role}: {name} makes its own inputs and reads no data; leave it out" for role in given]
+    if inputs.data is None:
+        problems.append(f"{name} learns on examples; give `data`")
+    for role, spec in (("data", inputs.data), ("validation", inputs.validation)):
+        try:
+            if spec is not None:
+                context.rows(spec)
+        except RequestError as error:
+            problems += [f"{role}: {problem}" for problem in error.problems]
+    if isinstance(method, Matching) and method.patience is not None and inputs.validation is None:
+        problems.append("patience needs validation data to watch; give `validation:` (for example `part: held_out`)")
+    return problems
+
+
+def _teacher_problems(method: Method, teacher: Outline, context: Context) -> list[str]:
+    if not isinstance(method, DataFree):
+        return []
+    ref = context.resolve(teacher.ref)
+    if ref.module and ref.image is None:
+        return [
+            f"{teacher.ref.label}: what its images are like is not known; give it `image: {{size: ..., mean: ...}}`"
+        ]
+    return []
+
+
+def _smaller_problems(inputs: Inputs, teacher: Outline) -> list[str]:
+    if teacher.access < Access.WEIGHTS or teacher.ref.is_endpoint or not teacher.config:
+        return [f"{teacher.ref.label}: a student is made from a transformers model with its weights; name a student"]
+    return []
+
+
+def _tokenizer_problems(teacher: Outline, student: Outline) -> list[str]:
+    """Return a line if both read text, each in its own way: ids of one would mean other text to the other."""
+    one, other = teacher.vocabulary, student.vocabulary
+    if not one or not other or dict(one) == dict(other):
+        return []
+    differ = sum(one.get(token) != index for token, index in other.items())
+    return [
+        f"teacher and student have different tokenizers ({differ:,} of {len(other):,} tokens differ); "
+        "choose a student with the teacher's, or a method that crosses tokenizers (`distill: uld`)"
+    ]
+
+
+def run(method: Method, inputs: Inputs, context: Context, folder: OutputFolder) -> StepResult:
+    """Distill into `folder`."""
+    if isinstance(method, Matching):
+        from lfm.distill._matching import learn_on_data
+
+        return learn_on_data(method, inputs, context, folder)
+    if isinstance(method, DataFree):
+        from lfm.distill._synthesis import learn_without_data
+
+        return learn_without_data(method, inputs, context, folder)
+    raise AssertionError(f"{type(method).__name__} is no way to distill")
+
+
+__all__ = ["plan", "run"]
