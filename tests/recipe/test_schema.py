@@ -10,7 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lfm.cli._root import shipped
+from lfm.cli._recipes import shipped
 from lfm.errors import RequestError
 from lfm.method import cards
 from lfm.recipe._yaml import parse_yaml
@@ -217,10 +217,10 @@ def test_shipped_recipes_are_right(name):
             "r.yaml:5: steps.x: 'x' and 'X' are one folder on some systems; give one another name",
         ),
         ("x: {merge: linear}", "r.yaml:4: steps.x.models: is missing: the models to merge (the sources)"),
-        ("x: {models: [a]}", "r.yaml:4: steps.x: a step has one of the keys tune, ensemble, merge; got none"),
+        ("x: {models: [a]}", "r.yaml:4: steps.x: a step has one of the keys tune, distill, ensemble, merge; got none"),
         (
             "x: {merge: linear, tune: full, models: [a]}",
-            "one of the keys tune, ensemble, merge; got merge and tune",
+            "one of the keys tune, distill, ensemble, merge; got merge and tune",
         ),
         ("x: {merge: [linear], models: [a]}", "r.yaml:4: steps.x.merge: unknown method ['linear']"),
         ("x: 3", "r.yaml:4: steps.x: Input should be a valid dictionary (got 3)"),
@@ -276,5 +276,5 @@ def test_the_json_schema_describes_every_method_and_key():
     titles = [f"{verb} {name}" for verb, name in cards()]
     assert [item["title"] for item in alternatives] == [*titles, "merge, from a file"]
     for item, card in zip(alternatives, cards().values(), strict=False):
-        expected = {card.verb.name, *card.verb.inputs.model_fields, *card.parameters.model_fields}
+        expected = {card.verb.name, "controls", *card.verb.inputs.model_fields, *card.parameters.model_fields}
         assert set(item["properties"]) == expected

@@ -9,8 +9,8 @@
     evaluate: {perplexity: test.txt, compare: [base, merged]}
     out: runs/demo
 
-A step names one verb and one of its methods; its other keys are the verb's inputs and the method's parameters. Paths
-are relative to the working directory.
+A step names one verb and one of its methods; its other keys are the verb's inputs and the method's parameters, and
+`controls`: what to run beside it to be compared with. Paths are relative to the working directory.
 """
 
 from __future__ import annotations
@@ -27,13 +27,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lfm.errors import RequestError, did_you_mean
 from lfm.evaluate.spec import Evaluate
-from lfm.method import Card, Inputs, Method, Verb, cards, methods_of, verbs
+from lfm.method import Card, Data, Inputs, Method, Verb, cards, methods_of, verbs
 from lfm.models.ref import ModelRef
 from lfm.recipe._yaml import Located, read_yaml
 from lfm.recipe.foreign import SUFFIXES, ForeignStep, is_foreign, read_foreign, reader
 
 VERSION = 1
 RESERVED = ("report.html", "results.json")  # what a run leaves beside the folders of its steps
+CONTROLS = "controls"  # of a step: what to run beside it, to be compared with
+_CONTROLS_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "object"}],
+    "description": "The same step by these methods, or with these changes, to be compared with.",
+}
 Place = tuple[str | int, ...]
 
 
@@ -46,6 +51,7 @@ class Step:
     inputs: Inputs
     parameters: Mapping[str, Any]
     notes: tuple[str, ...] = ()  # what reading it had to say
+    control_of: str | None = None  # the step that this one is there to be compared with
 
     @cached_property
     def method(self) -> Method:
@@ -138,16 +144,34 @@ def check_recipe(located: Located, text: str = "") -> Recipe:
         problems += [f"{located.where(('steps', name))}: {text}" for name, text in _cycles(steps)]
     if problems or frame is None:
         raise RequestError(*problems)
+    frame = _compared(frame, steps)
     out = Path(frame.out) if frame.out else None
     return Recipe(steps, frame.models, out, frame.seed, frame.evaluate, text)
+
+
+def _compared(frame: _Frame, steps: Mapping[str, Step]) -> _Frame:
+    """Let the controls of a step be measured where the step is."""
+    if frame.evaluate is None or frame.evaluate.compare is None:
+        return frame
+    wanted = [
+        name
+        for one in frame.evaluate.compare
+        for name in (one, *(step.name for step in steps.values() if step.control_of == one))
+    ]
+    return frame.model_copy(
+        update={"evaluate": frame.evaluate.model_copy(update={"compare": list(dict.fromkeys(wanted))})}
+    )
 
 
 def check_steps(name: str, raw: Mapping[str, Any], located: Located, place: Place, problems: list[str]) -> list[Step]:
     """Check one step, or those that a configuration of another program stands for: see `lfm.recipe.foreign`."""
     verb = next((verbs()[key] for key in raw if key in verbs()), None)
     if verb is None or not is_foreign(verb, raw[verb.name]):
-        step = check_step(name, raw, located, place, problems)
-        return [] if step is None else [step]
+        plain = {key: value for key, value in raw.items() if key != CONTROLS}
+        step = check_step(name, plain, located, place, problems)
+        if step is None or CONTROLS not in raw:
+            return [] if step is None else [step]
+        return [step, *_controls(step, plain, raw[CONTROLS], located, (*place, CONTROLS), problems)]
     for key in raw:
         if key != verb.name:
             problems.append(f"{located.where((*place, key))}: unknown key; {raw[verb.name]} says all there is to say")
@@ -156,6 +180,40 @@ def check_steps(name: str, raw: Mapping[str, Any], located: Located, place: Plac
     except RequestError as error:
         problems += error.problems
         return []
+
+
+def _controls(
+    step: Step, raw: Mapping[str, Any], asked: Any, located: Located, place: Place, problems: list[str]
+) -> list[Step]:
+    """Return the steps that a step is to be compared with: the same, by other methods or with other inputs.
+
+    `[noise]` names methods; `{real: {distill: response, data: train.npz}}` says what is different.
+    """
+    asked = dict.fromkeys(asked) if isinstance(asked, list) and all(isinstance(one, str) for one in asked) else asked
+    if not isinstance(asked, dict):
+        problems.append(f"{located.where(place)}: controls are a list of methods, or a mapping from names to changes")
+        return []
+    verb, found = step.card.verb, []
+    for label, changes in asked.items():
+        changes = changes or {}
+        if not isinstance(changes, dict):
+            problems.append(f"{located.where((*place, label))}: a control is a mapping of what is different")
+            continue
+        method = changes.get(verb.name, label)
+        known = methods_of(verb.name).get(method if isinstance(method, str) else "")
+        kept = {key: value for key, value in raw.items() if known is None or _has_place_for(key, known)}
+        control = check_step(
+            f"{step.name}-{label}", {**kept, verb.name: method, **changes}, located, (*place, label), problems
+        )
+        found += [] if control is None else [replace(control, control_of=step.name)]
+    return found
+
+
+def _has_place_for(key: str, card: Card) -> bool:
+    """Whether a method can take over what is said for another one under that key."""
+    if key in ("data", "validation") and card.needs.data is Data.NONE:
+        return False
+    return key in card.verb.inputs.model_fields or key in card.parameters.model_fields
 
 
 def check_foreign(found: Sequence[ForeignStep], problems: list[str]) -> list[Step]:
@@ -363,7 +421,12 @@ def json_schema() -> dict[str, Any]:
                 "title": f"{verb} {name}",
                 "description": card.summary,
                 "type": "object",
-                "properties": {verb: {"const": name}, **inputs["properties"], **parameters.get("properties", {})},
+                "properties": {
+                    verb: {"const": name},
+                    **inputs["properties"],
+                    **parameters.get("properties", {}),
+                    CONTROLS: _CONTROLS_SCHEMA,
+                },
                 "required": [verb, *inputs.get("required", ()), *parameters.get("required", ())],
                 "additionalProperties": False,
             }
