@@ -15,10 +15,12 @@ from lfm.recipe.catalogue import Catalogue
 from lfm.recipe.execute import StepRun, evaluation_key
 from lfm.recipe.lineage import environment
 from lfm.recipe.schema import Recipe, Step, pretty
-from lfm.report import Column, Curve, Estimate, HeatMap, Node, Note, Run, Table, TrainingLog, write
+from lfm.report import Column, Curve, Estimate, HeatMap, Node, Note, Run, Samples, Table, TrainingLog, write
 
 if TYPE_CHECKING:
     from lfm.evaluate.measure import Measured, Measurement
+
+SHOWN, LONGEST = 8, 300  # texts that the report shows of what a student learned from, and characters of each
 
 # Which table a measure goes into, in the order of the tables.
 TITLES = {
@@ -77,6 +79,7 @@ def summarise(recipe: Recipe, runs: list[StepRun], catalogue: Catalogue, measure
         tables=tuple(tables(measured)) if measured else (),
         logs=tuple(_logs(runs)),
         heat_maps=tuple(_heat_maps(runs, catalogue)),
+        samples=tuple(_samples(runs)),
         notes=tuple(notes),
         recipe=recipe.text,
         environment=environment(),
@@ -166,6 +169,22 @@ def _logs(runs: list[StepRun]) -> Iterator[TrainingLog]:
             if points:
                 curves.append(Curve(key, tuple(x for x, _ in points), tuple(y for _, y in points)))
         yield TrainingLog(run.step.name, tuple(curves))
+
+
+def _samples(runs: list[StepRun]) -> Iterator[Samples]:
+    """Yield what steps made for students to learn from: what they left beside the weights."""
+    for run in runs:
+        picture, texts = run.folder / "synthesised.png", run.folder / "synthesised.jsonl"
+        said = texts.read_text(encoding="utf-8").splitlines()[:SHOWN] if texts.is_file() else []
+        metrics = run.lineage.get("metrics", {})
+        found = Samples(
+            run.step.name,
+            picture.read_bytes() if picture.is_file() else None,
+            tuple(str(json.loads(line)["text"])[:LONGEST] for line in said),
+            {key.removeprefix("synthesised_"): v for key, v in metrics.items() if key.startswith("synthesised_")},
+        )
+        if found.picture or found.texts:
+            yield found
 
 
 def _heat_maps(runs: list[StepRun], catalogue: Catalogue) -> Iterator[HeatMap]:

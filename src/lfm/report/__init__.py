@@ -20,6 +20,7 @@ from lfm.report._model import (
     Node,
     Note,
     Run,
+    Samples,
     Table,
     TrainingLog,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "Node",
     "Note",
     "Run",
+    "Samples",
     "Table",
     "TrainingLog",
     "render",

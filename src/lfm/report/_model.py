@@ -183,6 +183,16 @@ class HeatMap:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Inputs that a step made for a student to learn from: a picture (PNG) of some, or texts; what they are like."""
+
+    step_name: str
+    picture: bytes | None = None
+    texts: tuple[str, ...] = ()
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Note:
     """Something a reader should know."""
 
@@ -200,6 +210,7 @@ class Run:
     tables: tuple[Table, ...] = ()
     logs: tuple[TrainingLog, ...] = ()
     heat_maps: tuple[HeatMap, ...] = ()
+    samples: tuple[Samples, ...] = ()
     notes: tuple[Note, ...] = ()
     recipe: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -219,6 +230,10 @@ def as_json(run: Run) -> dict[str, Any]:
         "tables": [_table(table) for table in run.tables],
         "logs": [_log(log) for log in run.logs],
         "heat_maps": [_heat_map(heat_map) for heat_map in run.heat_maps],
+        "samples": [
+            {"step": one.step_name, "texts": list(one.texts), "facts": {k: _exact(v) for k, v in one.facts.items()}}
+            for one in run.samples
+        ],
         "notes": [{"level": note.level, "text": note.text} for note in run.notes],
         "recipe": run.recipe,
         "environment": dict(run.environment),

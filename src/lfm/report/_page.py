@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections import Counter
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from lfm.errors import plural
 from lfm.report._graph import Box, graph
-from lfm.report._model import Change, Column, Estimate, HeatMap, Node, Run, Table, TrainingLog, as_json
+from lfm.report._model import Change, Column, Estimate, HeatMap, Node, Run, Samples, Table, TrainingLog, as_json
 from lfm.report._style import STYLE
 from lfm.report._svg import (
     Dot,
@@ -36,6 +37,7 @@ def render(run: Run) -> str:
         ("results", "Results", [_table(index, table) for index, table in enumerate(run.tables)]),
         ("graph", "Recipe graph", [_graph(run)] if run.nodes else []),
         ("training", "Training", [el("div", *map(_log, run.logs), class_="grid wide")] if run.logs else []),
+        ("samples", "Made to learn from", [_samples(one) for one in run.samples]),
         ("layers", "Inside the weights", [_heat_map(heat_map) for heat_map in run.heat_maps]),
         ("lineage", "Lineage", [_lineage(run.nodes)] if run.nodes else []),
         ("sources", "Recipe and environment", _sources(run)),
@@ -54,10 +56,11 @@ def render(run: Run) -> str:
 
 def _document(title: str, body: Markup) -> str:
     # The policy makes the promise of the first line one that the browser keeps.
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{text(title)} · lfm</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
@@ -321,6 +324,18 @@ def _log(log: TrainingLog) -> Markup:
         drawing,
         el("p", log.x_label, class_="axis-name right"),
     )
+
+
+def _samples(samples: Samples) -> Markup:
+    """Return what a student learned from, to be looked at: an image is part of the page."""
+    facts = [el("div", el("dt", name), el("dd", number(value))) for name, value in samples.facts.items()]
+    picture = None
+    if samples.picture is not None:
+        coded = base64.b64encode(samples.picture).decode("ascii")
+        told = f"Images that {samples.step_name} was taught with"
+        picture = el("img", src=f"data:image/png;base64,{coded}", alt=told, class_="samples")
+    texts = el("ol", *[el("li", line) for line in samples.texts], class_="samples") if samples.texts else None
+    return el("article", el("h3", samples.step_name), picture, texts, el("dl", *facts) if facts else None)
 
 
 def _heat_map(heat_map: HeatMap) -> Markup:
