@@ -23,7 +23,8 @@ from lfm.models.handle import Model
 from lfm.models.open import open_model
 from lfm.models.ref import ModelRef
 from lfm.reuse.ensemble._contract import Ensemble
-from lfm.reuse.ensemble._engine import Joined, _learn
+from lfm.reuse.ensemble._joined import Joined
+from lfm.reuse.ensemble._learning import from_data
 from lfm.reuse.ensemble.average import Average
 from lfm.reuse.ensemble.cascade import Cascade
 from lfm.reuse.ensemble.rank_fusion import RankFusion
@@ -44,6 +45,7 @@ JOINED: dict[str, tuple[Ensemble, str]] = {
     "average, calibrated": (Average(), "ensemble"),
     "average of logits, calibrated": (Average(of="logits"), "ensemble"),
     "stack": (Stack(), "no"),
+    "stack, penalty by cross-validation": (Stack(folds=5), "no"),
     "rank_fusion": (RankFusion(), "no"),
     "vote": (Vote(), "no"),
 }
@@ -162,7 +164,7 @@ def learned(method: Ensemble, calibrate: str, chosen: Part, test: Part) -> tuple
     """Return an ensemble over the test images that learned from others, and what it found there."""
     before = Joined(method, chosen.models, [1.0] * len(chosen.models), {})
     needed = method.learns or calibrate != "no"
-    found = _learn(before, chosen.examples, calibrate) if needed else {}
+    found = from_data(before, chosen.examples, calibrate).metrics if needed else {}
     return Joined(method, test.models, before.weights, before.state), found
 
 

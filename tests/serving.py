@@ -33,6 +33,7 @@ class Endpoint:
     about: dict[str, Any] | None = None  # `lfm` of GET /v1/models/NAME; no such path where None
     pause: float = 0.0
     chat_only: bool = False
+    limit: str = "max_tokens"  # the name that chat takes the limit under; the other one is refused
     asked: list[Asked] = field(default_factory=list)
     answered: Counter[str] = field(default_factory=Counter)  # prompts by text
     busiest: int = 0
@@ -71,6 +72,15 @@ def echo(asked: Asked) -> dict[str, Any]:
     return {"choices": [choice], "usage": usage}
 
 
+def _refused_limit(body: dict[str, Any], wanted: str) -> Any:
+    """Refuse the other name in the words of OpenAI's server."""
+    [other] = {"max_tokens", "max_completion_tokens"} - {wanted}
+    if other not in body:
+        return None
+    said = f"Unsupported parameter: '{other}' is not supported with this model. Use '{wanted}' instead."
+    return 400, {"error": {"message": said, "type": "invalid_request_error", "param": other}}
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     endpoint: Endpoint
@@ -103,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if fault is None and endpoint.chat_only and self.path.endswith("/v1/completions"):
                 fault = (404, {"error": {"message": "not a completion model"}})
+            if fault is None and self.path.endswith("/chat/completions"):
+                fault = _refused_limit(body, endpoint.limit)
             if fault is not None:
                 self.misbehave(fault, asked)
                 return

@@ -11,9 +11,10 @@ __version__ = "0.1.0"
 
 # The packages first: the first import of one puts it under its name here, and that must not be after the functions.
 from lfm import distill as _distill  # noqa: F401
+from lfm import edit as _edit  # noqa: F401
 from lfm import evaluate as _evaluate  # noqa: F401
 from lfm import tune as _tune  # noqa: F401
-from lfm.api import advise, distill, ensemble, evaluate, load, merge, rank, run, tune
+from lfm.api import advise, apply, distill, edit, ensemble, evaluate, load, merge, rank, revert, run, tune
 from lfm.checkpoint import Checkpoint, Delta, open_checkpoint
 from lfm.data import DataSpec
 from lfm.errors import AccessError, BudgetError, LfmError, RequestError, UnsafeError
@@ -40,14 +41,17 @@ __all__ = [
     "UnsafeError",
     "__version__",
     "advise",
+    "apply",
     "cards",
     "distill",
+    "edit",
     "ensemble",
     "evaluate",
     "load",
     "merge",
     "open_checkpoint",
     "rank",
+    "revert",
     "run",
     "tune",
 ]

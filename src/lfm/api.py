@@ -311,6 +311,68 @@ def distill(
     return _one(method, "distill", keys, out, seed, overwrite, settings)
 
 
+def edit(
+    method: str | Method,
+    model: ModelLike,
+    requests: str | Path | DataSpec | Mapping[str, Any],
+    *,
+    out: str | Path,
+    text: str | Path | DataSpec | Mapping[str, Any] | None = None,
+    statistics: str = "text",
+    tokens: int = 20_000,
+    guard: str | Mapping[str, Any] | None = None,
+    base: ModelLike | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    settings: Settings | None = None,
+) -> Checkpoint:
+    """Change what a model says, into the new folder `out`, and return it; `method` as for `merge` (`"memit"`).
+
+    The folder holds what was changed as patches too, which `apply` puts on other copies of the model and `revert`
+    takes off.
+    """
+    keys = {
+        "model": _plain(model),
+        "requests": _plain(requests),
+        "text": _plain(text),
+        "statistics": statistics,
+        "tokens": tokens,
+        "guard": guard,
+        "base": _plain(base),
+        "batch": batch,
+    }
+    return _one(method, "edit", keys, out, seed, overwrite, settings)
+
+
+def apply(
+    model: str | Path,
+    patches: Sequence[str | Path],
+    *,
+    out: str | Path,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+) -> Checkpoint:
+    """Put patches on a model, into the new folder `out`, and return it; an edited folder stands for all its patches.
+
+    `base` is what the patches of an edited model lie on, if it is no longer where it was. Raises RequestError for
+    patches of another base.
+    """
+    from lfm.edit._patches import apply as put_on
+
+    places = [Path(patch) for patch in patches]
+    return put_on(str(model), places, Path(out), base=None if base is None else str(base), overwrite=overwrite)
+
+
+def revert(
+    model: str | Path, ids: Sequence[str], *, out: str | Path, base: str | Path | None = None, overwrite: bool = False
+) -> Checkpoint:
+    """Take patches off an edited model, into the new folder `out`, and return it: in any order, to the last bit."""
+    from lfm.edit._patches import revert as take_off
+
+    return take_off(str(model), ids, Path(out), base=None if base is None else str(base), overwrite=overwrite)
+
+
 def evaluate(
     models: Sequence[ModelLike], measures: Mapping[str, Any], *, seed: int = 0, settings: Settings | None = None
 ) -> list[Measurement]:

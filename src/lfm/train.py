@@ -35,17 +35,22 @@ LOG = logging.getLogger("lfm")
 Loss = Callable[["nn.Module", "Batch"], "Mapping[str, torch.Tensor]"]
 
 
-class Optimised(Method):
-    """A method that trains by AdamW: how fast, and with how much at a time."""
+class Descent(Method):
+    """A method that takes steps of AdamW: of what size, and on how much at a time."""
 
     batch_size: int = Field(16, ge=1, description="Examples (windows, for text) in a batch.")
     accumulate: int = Field(1, ge=1, description="Batches whose gradients are averaged into one step.")
     learning_rate: float = Field(1e-4, ge=0, description="Peak learning rate of AdamW.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the learning rate falls.")
-    warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps over which the learning rate rises.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay; not on biases and norms.")
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Arithmetic of forward and backward pass.")
+
+
+class Optimised(Descent):
+    """A method whose learning rate rises once and falls once."""
+
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the learning rate falls.")
+    warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps over which the learning rate rises.")
 
 
 class Trained(Optimised):
@@ -131,13 +136,15 @@ def fit(
     source: Source,
     loss: Loss,
     groups: Iterable[Mapping[str, Any]],
-    method: Optimised,
+    method: Descent,
     *,
     steps: int,
     seed: int,
     device: str,
     resume: Path,
     validate: Callable[[], float] | None = None,
+    rate: Callable[[int], float] | None = None,
+    visit: Callable[[int], None] | None = None,
     save_seconds: float = 600.0,
     quiet: bool = False,
 ) -> Log:
@@ -145,8 +152,10 @@ def fit(
 
     `groups` are AdamW parameter groups, each with its `lr`; what is in none of them stays as it is, the statistics of
     batch norms included. `loss` returns named terms, means over a batch, whose sum is minimised. State is saved into
-    `resume` every `save_seconds`, and taken up from there. Raises RequestError where there is nothing to train, and
-    LfmError when the loss is no longer a number.
+    `resume` every `save_seconds`, and taken up from there. `rate` gives the share of the peak learning rate at a step
+    (from 0), for methods without a `schedule`; `visit` is called after each step with their number, before a state is
+    saved: some numbers come again after a kill. Raises RequestError where there is nothing to train, and LfmError when
+    the loss is no longer a number.
     """
     import torch
     from accelerate import Accelerator
@@ -164,6 +173,7 @@ def fit(
         step_scheduler_with_optimizer=False,
     )
     optimizer = torch.optim.AdamW(rated, foreach=False)
+    course = rate or _course(method, steps)
     with _fixed(module, trained):
         prepared, optimizer = accelerator.prepare(module, optimizer)
         state = _State(prepared, optimizer, source)
@@ -173,8 +183,10 @@ def fit(
         with Progress("train", steps, quiet) as progress:
             progress.advance(state.step)
             while state.step < steps:
-                _step(state, loss, method, steps, seed, accelerator)
+                _step(state, loss, method, steps, seed, accelerator, course)
                 progress.advance(1, f"loss {state.log.steps[-1]['loss']:.4g}")
+                if visit is not None:
+                    visit(state.step)
                 if validate is not None and isinstance(method, Trained):
                     due = state.step % method.validate_every == 0 or state.step == steps
                     if due and _stop(state, validate, method):
@@ -214,11 +226,13 @@ def _train_mode(module: nn.Module) -> None:
             part.eval()
 
 
-def _step(state: _State, loss: Loss, method: Optimised, steps: int, seed: int, accelerator: Any) -> None:
+def _step(
+    state: _State, loss: Loss, method: Descent, steps: int, seed: int, accelerator: Any, course: Callable[[int], float]
+) -> None:
     """Take one optimiser step, and log it."""
     import torch
 
-    rate = _rate(state.step, steps, method)
+    rate = course(state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = group["peak"] * rate
     sums: dict[str, float] = {}
@@ -263,6 +277,13 @@ def _stop(state: _State, validate: Callable[[], float], method: Trained) -> bool
         state.best_loss, state.best_step = found, state.step
         state.best = {name: tensor.detach().clone() for name, tensor in _tensors(state.module).items()}
     return state.step - state.best_step >= method.patience * method.validate_every
+
+
+def _course(method: Descent, steps: int) -> Callable[[int], float]:
+    """Return the learning rate at each step, as a share of its peak, by the method's own schedule."""
+    if not isinstance(method, Optimised):
+        raise AssertionError(f"{type(method).__name__} has no schedule, and no `rate` was given")
+    return lambda step: _rate(step, steps, method)
 
 
 def _rate(step: int, steps: int, method: Optimised) -> float:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tests.tiny import write_llama
 
 from lfm.cli import main
-from lfm.cli._root import shipped
+from lfm.cli._recipes import shipped
 from lfm.method import Access, cards
 
 ROOT = Path(__file__).parents[2]
@@ -271,12 +271,12 @@ def test_an_answer_that_cannot_be_written_ends_with_a_message():
 
 
 def test_an_interrupt_ends_with_130(monkeypatch, capsys):
-    from lfm.cli import _root
+    from lfm.cli import _recipes
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_root, "find_recipe", interrupt)
+    monkeypatch.setattr(_recipes, "find_recipe", interrupt)
     assert main(["run", "digits"]) == 130
     assert capsys.readouterr().err.strip() == "interrupted"
 
@@ -286,6 +286,13 @@ def test_a_folder_that_cannot_be_written_ends_with_a_message(lfm, family, tmp_pa
     code, _, err = lfm("merge", "linear", *family[1:], "-o", tmp_path / "file" / "out")
     assert code in (1, 2)
     assert err.startswith("error: ")
+
+
+def test_the_help_lists_every_command(lfm):
+    from lfm.cli._root import root
+
+    listed = {line.split()[0] for line in lfm("--help")[1].splitlines() if line.startswith("  ") and line.strip()}
+    assert set(root.list_commands(None)) <= listed
 
 
 def test_the_bare_command_shows_its_help_on_stderr(lfm):

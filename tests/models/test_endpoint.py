@@ -84,6 +84,64 @@ def test_a_text_is_a_message_where_there_is_nothing_but_chat(endpoint, ledger):
     assert len(endpoint.asked) == 3
 
 
+TALK = [[Message(role="user", content=text)] for text in "abc"]
+
+
+def test_a_server_that_wants_the_limit_under_its_newer_name_gets_it(endpoint, ledger):
+    endpoint.limit = "max_completion_tokens"
+    model = opened(endpoint, ledger, concurrency=1, budget={"max_queries": 3})
+    how = Sampling(max_new_tokens=7)
+    assert [made.text for made in model.write(TALK, how)] == ["a!", "b!", "c!"]
+    limits = [{name: asked.body[name] for name in asked.body if name.startswith("max_")} for asked in endpoint.asked]
+    assert limits == [{"max_tokens": 7}] + [{"max_completion_tokens": 7}] * 3  # refused once, then known
+    assert set(endpoint.answered.values()) == {1}
+    assert open_ledger(ledger).spent("run") == (3, 0)  # the refusal is free
+    opened(endpoint, ledger).write([[Message(role="user", content="d")]], how)
+    assert "max_completion_tokens" in endpoint.asked[-1].body  # another handle knows
+    assert len(endpoint.asked) == 5
+
+
+def test_the_newer_name_changes_no_question(endpoint, ledger, tmp_path):
+    opened(endpoint, ledger).write(TALK)
+    keys = {request["key"]: request["body"] for request in open_ledger(ledger).requests()}
+    endpoint.limit = "max_completion_tokens"
+    opened(endpoint, tmp_path / "other").write(TALK)
+    assert {request["key"]: request["body"] for request in open_ledger(tmp_path / "other").requests()} == keys
+    before = len(endpoint.asked)
+    opened(endpoint, ledger, run="another").write(TALK)  # answered under the older name: not asked, nor paid, again
+    assert len(endpoint.asked) == before
+
+
+def test_a_server_that_went_back_to_the_older_name_gets_that(endpoint, ledger):
+    endpoint.limit = "max_completion_tokens"
+    opened(endpoint, ledger, concurrency=1).write(TALK[:1])
+    endpoint.limit = "max_tokens"
+    opened(endpoint, ledger, concurrency=1).write(TALK)
+    assert [asked.body.get("max_tokens") for asked in endpoint.asked] == [64, None, None, 64, 64]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_refusal_that_is_about_the_limit_itself_is_told(endpoint, ledger, known):
+    endpoint.limit = "max_completion_tokens"
+    if known:
+        opened(endpoint, ledger).write(TALK[:1])
+    good, before = endpoint.limit, len(endpoint.asked)
+    refused = (400, {"error": {"message": f"{good} is too large: 64"}})
+    unknown = (400, {"error": {"message": f"'max_tokens' is not supported, use '{good}'"}})
+    endpoint.faults = [refused, unknown] if known else [unknown, refused]
+    with pytest.raises(RequestError, match="is too large: 64"):
+        opened(endpoint, ledger).write(TALK[1:2])
+    assert len(endpoint.asked) == before + 2
+    assert open_ledger(ledger).spent("run")[0] == int(known)
+
+
+def test_completions_keep_the_name_that_they_have(endpoint, ledger):
+    endpoint.faults = [(400, {"error": {"message": "no max_completion_tokens here"}})]
+    with pytest.raises(RequestError, match="no max_completion_tokens here"):
+        opened(endpoint, ledger).complete(["a"])
+    assert len(endpoint.asked) == 1
+
+
 def test_an_api_that_is_named_is_the_only_one_used(endpoint, ledger):
     opened(endpoint, ledger, api="chat").complete(["a"])
     assert [asked.path for asked in endpoint.asked] == ["/v1/chat/completions"]

@@ -16,6 +16,7 @@ import pytest
 from lfm.cli import main
 from lfm.errors import BudgetError, RequestError
 from lfm.models import ledger as module
+from lfm.models._claims import alive, myself
 from lfm.models.ledger import Budget, Question, Refused, Sent, open_ledger
 
 HOST = "http://host/v1#model"
@@ -253,13 +254,13 @@ def test_a_takeover_by_another_run_moves_the_count(ledger):
 
 
 def test_who_lives_is_known_by_more_than_a_number(monkeypatch):
-    host, number, started = module._myself().rsplit(" ", 2)
-    assert module._alive(module._myself(), None)
-    assert not module._alive(f"{host} {number} {started}1", None)  # the number was used before
-    assert not module._alive(f"{host} 4194305 1", None)
+    host, number, started = myself().rsplit(" ", 2)
+    assert alive(myself(), None)
+    assert not alive(f"{host} {number} {started}1", None)  # the number was used before
+    assert not alive(f"{host} 4194305 1", None)
     later = time.time() + 60
-    assert module._alive(f"elsewhere {number} 1", later)
-    assert not module._alive(f"elsewhere {number} 1", time.time() - 1)
+    assert alive(f"elsewhere {number} 1", later)
+    assert not alive(f"elsewhere {number} 1", time.time() - 1)
 
 
 # --- the file -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import json
 
 from lfm import run
-from lfm.cli._root import shipped
+from lfm.cli._recipes import shipped
 
 
 def test_pydoc_makes_a_soup_that_is_better_than_the_base_and_no_worse_than_its_worse_half(tmp_path):

@@ -20,7 +20,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm.report import Change, Column, Curve, Estimate, HeatMap, Node, Note, Run, Table, TrainingLog, render, write
+from lfm.report import (
+    Change,
+    Chart,
+    Column,
+    Curve,
+    Estimate,
+    HeatMap,
+    Node,
+    Note,
+    Run,
+    Table,
+    TrainingLog,
+    render,
+    write,
+)
 from lfm.report._graph import Box, graph
 from lfm.report._model import MAX_POINTS, as_json
 from lfm.report._page import MAX_CHARTS, MAX_DOTS
@@ -432,6 +446,18 @@ def test_shades_share_one_scale_around_zero():
     assert Shades.over([None, NAN]) is None
 
 
+def test_what_a_step_measured_is_drawn_with_its_note():
+    chart = Chart("cheap: what a threshold costs", (Curve("asked of B, %", (0.0, 0.5, 1.0), (0.0, NAN, 100.0)),),
+                  "threshold", "asked, %", "40 examples.")  # fmt: skip
+    source = render(Run("t", "1", charts=(chart,)))
+    page = Page(source)
+    for words in ("Cost", "cheap: what a threshold costs", "asked of B, %", "threshold", "asked, %", "40 examples."):
+        assert words in page.texts
+    [told] = page.payload["charts"]
+    assert told["curves"] == [{"label": "asked of B, %", "points": 3, "x": [0, 0.5, 1], "y": [0, "nan", 100]}]
+    assert "Cost" not in Page(render(Run("t", "1"))).texts
+
+
 def test_large_heat_maps_join_their_cells():
     assert len(render(Run("t", "0", heat_maps=large().heat_maps))) < 60_000
 
@@ -533,6 +559,9 @@ ANY_RUN = st.builds(
     logs=st.lists(st.builds(TrainingLog, TEXT, st.lists(curves(), max_size=3).map(tuple), TEXT, TEXT), max_size=2).map(
         tuple
     ),
+    charts=st.lists(
+        st.builds(Chart, TEXT, st.lists(curves(), max_size=3).map(tuple), TEXT, TEXT, TEXT), max_size=2
+    ).map(tuple),
     heat_maps=st.lists(heat_maps(), max_size=2).map(tuple),
     notes=st.lists(st.builds(Note, st.sampled_from(["info", "warning"]), TEXT), max_size=2).map(tuple),
     recipe=TEXT,

@@ -206,6 +206,27 @@ def test_a_cascade_needs_probabilities_of_all_but_the_last():
     assert not backend.asked
 
 
+def test_the_curve_says_how_often_the_next_is_asked_and_asks_nobody_more_than_it_must():
+    first = {"a": sure("x", 0.9, 0.4), "b": sure("x", 0.2), "c": sure("x", 0.95), "d": sure("x", 0.7)}
+    second = {"a": sure("x", 0.9), "b": sure("x", 0.3), "c": sure("x", 0.1), "d": sure("x", 0.9)}
+    one, asked = handle(lambda prompt, _: first[prompt], Access.PROBS)
+    two, _ = handle(lambda prompt, _: second[prompt], Access.PROBS)
+    last, unasked = handle(lambda prompt, _: "large")
+    curve = TextCascade(tokens=9).curve([one, two, last], list("abcd"))
+    assert (asked.how[0].max_new_tokens, asked.asked, unasked.asked) == (9, list("abcd"), [])
+    points = dict(zip(curve.thresholds, zip(curve.quality, curve.shares, strict=True), strict=True))
+    assert points[0.0] == (pytest.approx(np.mean([0.6, 0.2, 0.95, 0.7])), (0.0, 0.0))
+    assert points[0.65] == (pytest.approx(np.mean([0.9, 0.95, 0.7])), (0.5, 0.25))  # of a, c and d; b goes on
+    assert points[0.8] == (pytest.approx(np.mean([0.9, 0.9, 0.95])), (0.75, 0.25))
+    assert points[1.01] == (None, (1.0, 1.0)), "of the last one's answers nothing is known"
+
+
+def test_members_that_do_not_tell_how_sure_they_are_are_refused_unless_last():
+    offered = [("small", Access.LABELS), ("middle", Access.PROBS), ("large", Access.LABELS)]
+    [problem] = TextCascade().problems(offered)
+    assert problem.startswith("small: offers labels, and all models but the last must tell how probable")
+
+
 def test_confidence_is_that_of_the_text():
     (made,) = local().write(["ab"], Sampling(max_new_tokens=5, top_logprobs=1))
     assert confidence(made) == pytest.approx(math.exp(np.mean([token.logprob for token in made.tokens])))

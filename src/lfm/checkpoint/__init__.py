@@ -9,6 +9,7 @@ from lfm.checkpoint._digests import cache_folder
 from lfm.checkpoint._header import Spec, read_header
 from lfm.checkpoint._manifest import MANIFEST, STATE, NoWeights, manifest_digest
 from lfm.checkpoint._open import Checkpoint, FileWeights, open_checkpoint, read_json, refuse_quantised
+from lfm.checkpoint._shards import write_patched
 from lfm.checkpoint._weights import RAW, MemoryWeights, Weights, combine, dtype_name, raw_bytes, torch_dtype
 from lfm.checkpoint._write import SHARD_BYTES, OutputFolder, TensorWriter, check_free, remember_output
 
@@ -48,4 +49,5 @@ __all__ = [
     "remember_output",
     "save_adapter",
     "torch_dtype",
+    "write_patched",
 ]

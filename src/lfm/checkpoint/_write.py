@@ -32,6 +32,7 @@ SHARD_BYTES = 5_000_000_000
 WRITE_BACK = 1 << 23  # bytes that are worth telling the system to write
 PARTIAL_MARK = ".lfm-partial"
 LINEAGE = "lineage.json"
+NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
@@ -141,7 +142,7 @@ class OutputFolder:
         for item in self.partial.iterdir():
             if item.name != PARTIAL_MARK and not (same and item == self.resume):
                 _remove(item)
-        _write_all(mark, memoryview(self._key), 0)
+        write_all(mark, memoryview(self._key), 0)
 
     def _close(self) -> None:
         while self._descriptors:
@@ -163,6 +164,21 @@ class OutputFolder:
             with _told(self.out):
                 (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, self.partial / name)
+
+    def link(self, files: Mapping[str, Path]) -> None:
+        """Let files stand here under the given names too, without taking space; copied where that cannot be.
+
+        Nothing in lfm writes into a file that is there already, so that what is shared stays as it is.
+        """
+        for name, path in files.items():
+            with _told(self.out):
+                (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    (self.partial / name).hardlink_to(path.resolve())
+                except OSError as error:
+                    if error.errno not in NO_LINKS:
+                        raise
+                    shutil.copyfile(path, self.partial / name)
 
     def tensors(self, specs: Mapping[str, Spec], *, shard_bytes: int = SHARD_BYTES) -> TensorWriter:
         """Return a writer for these tensors, split into shards of at most `shard_bytes` each (one tensor at least)."""
@@ -223,7 +239,7 @@ class TensorWriter:
         descriptor = self._folder.draft(self._draft(number).name)
         self._place |= {name: (descriptor, offset) for name, offset in offsets.items()}
         _reserve(descriptor, len(header) + sum(self.specs[name].nbytes for name in names))
-        _write_all(descriptor, memoryview(header), 0)
+        write_all(descriptor, memoryview(header), 0)
 
     def _draft(self, number: int) -> Path:
         return self._folder.partial / f"shard-{number:05d}.draft"
@@ -241,7 +257,7 @@ class TensorWriter:
             raise AssertionError(f"{name}: {len(data)} bytes do not go into what is left of {spec}")
         descriptor, offset = self._place[name]
         with _told(self._folder.out):
-            _write_all(descriptor, data, offset + self._position[name])
+            write_all(descriptor, data, offset + self._position[name])
         self._hashes[name].update(data)
         before, self._position[name] = self._position[name], self._position[name] + len(data)
         start = before // WRITE_BACK * WRITE_BACK
@@ -310,7 +326,7 @@ def _reserve(descriptor: int, size: int) -> None:
         os.truncate(descriptor, size)
 
 
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], offset + done)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ import click
 from lfm import __version__
 from lfm.cli import _options as options
 from lfm.cli import _print
+from lfm.cli._ledger_commands import ledger
+from lfm.cli._methods import advise, methods
+from lfm.cli._recipes import convert_config, recipes, run, validate
 from lfm.cli._verbs import Suggesting, VerbGroup
-from lfm.errors import LfmError, RequestError, did_you_mean
-from lfm.method import Access, Card, Data, Have, card, cards, first_line, level, methods_of, number_of_models, verbs
+from lfm.errors import RequestError
+from lfm.method import Access, first_line, level, methods_of, verbs
 
 
 class Root(Suggesting):
@@ -40,7 +43,8 @@ class Root(Suggesting):
 
 SECTIONS = {
     "Run recipes": ("run", "validate", "recipes", "convert-config"),
-    "Look at models": ("evaluate", "rank", "inspect", "diff", "verify", "ledger"),
+    "Look at models": ("evaluate", "rank", "inspect", "diff", "verify"),
+    "Use models": ("serve", "ledger"),
     "Find out": ("methods", "advise", "env", "completion"),
 }
 
@@ -61,6 +65,10 @@ def root() -> None:
     lfm advise --data none                what can be done with what you have
     lfm COMMAND --help                    all about a command
     """
+
+
+for _command in (run, validate, methods, advise, ledger, recipes, convert_config):
+    root.add_command(_command)
 
 
 @root.command(cls=options.Grouped)
@@ -167,6 +175,16 @@ def evaluate(
     metavar="INTEGER",
     help="Answer up to this many waiting prompts in one batch.",
 )
+@click.option("--round", "decimals", type=click.IntRange(0, 9), metavar="N", help="Tell probabilities to N decimals.")
+@click.option("--top-k", type=click.IntRange(1), metavar="N", help="Tell the N most probable classes or tokens alone.")
+@click.option(
+    "--perturb",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    metavar="SHARE",
+    help="Share of noise in the probabilities of classes, the same for the same input; the likeliest class stays.",
+)
+@click.option("--secret-env", metavar="VARIABLE", help="Environment variable that holds what the noise is keyed with.")
 @options.settings_options
 def serve(
     models: tuple[str, ...],
@@ -177,15 +195,24 @@ def serve(
     allow_open: bool,
     access: str,
     together: int,
+    decimals: int | None,
+    top_k: int | None,
+    perturb: float,
+    secret_env: str | None,
     **how: Any,
 ) -> None:
     """Serve models: the OpenAI protocol for text, /predict for texts and images to classify."""
     from lfm.cli._serve import serve_models
+    from lfm.models.defence import Defence
     from lfm.serve.run import Serving
 
     if not models:
         raise RequestError("which models? name them: `lfm serve runs/mine`")
-    place = Serving(host, port, token_env, allow_open, Access(level(Access, access)), together)
+    place = Serving(
+        *(host, port, token_env, allow_open, Access(level(Access, access)), together),
+        defence=Defence(round=decimals, top_k=top_k, perturb=perturb),
+        secret_env=secret_env,
+    )
     serve_models([options.inline(model) for model in models], names, place, options.settings_from(**how))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,24 +50,36 @@ class VerbGroup(Suggesting):
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(methods_of(self._verb.name))
+        return [*methods_of(self._verb.name), *commands_of(self._verb)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name == CONFIG and reader(self._verb) is not None:
             return config_command(self._verb)
         card = methods_of(self._verb.name).get(cmd_name)
-        return None if card is None else method_command(card)
+        return commands_of(self._verb).get(cmd_name) if card is None else method_command(card)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         methods = methods_of(self._verb.name)
         with formatter.section("Methods"):
             formatter.write_dl([(name, card.summary) for name, card in methods.items()])
+        others = commands_of(self._verb)
+        if others:
+            with formatter.section("With what they make"):
+                formatter.write_dl([(name, first_line(command.help)) for name, command in others.items()])
         with formatter.section("Examples"):
             for line in (_example(card) for card in list(methods.values())[:3]):
                 formatter.write_text(line)
             if reader(self._verb) is not None:
                 formatter.write_text(f"lfm {self._verb.name} --{CONFIG} theirs.yaml -o out")
             formatter.write_text(f"lfm {self._verb.name} METHOD --help")
+
+
+def commands_of(verb: Verb) -> dict[str, click.Command]:
+    """Return what a verb has beside its methods: `COMMANDS` of the module here that is called after it, if there is."""
+    name = f"lfm.cli._{verb.name}_commands"
+    if importlib.util.find_spec(name) is None:
+        return {}
+    return {str(command.name): command for command in importlib.import_module(name).COMMANDS}
 
 
 class MethodCommand(options.Grouped):

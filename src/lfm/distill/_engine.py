@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lfm.checkpoint import OutputFolder
-from lfm.distill._contract import DataFree, Inputs, Matching, Smaller
+from lfm.distill._contract import BlackBox, DataFree, Inputs, Matching, OnPolicy, Smaller, Written
 from lfm.errors import RequestError
 from lfm.method import Access, Data, Method
 from lfm.models.ref import ModelRef
@@ -26,13 +26,14 @@ def plan(method: Method, inputs: Inputs, context: Context) -> StepPlan:
         problems += _smaller_problems(inputs, teacher)
     elif student.access < Access.WEIGHTS:
         problems.append(f"{student.ref.label}: a student has to be trained, and offers no weights")
-    elif isinstance(method, Matching) and not method.crosses:
+    elif _reads_alike(method):
         problems += _tokenizer_problems(teacher, student)
     floats = sum(spec.size for spec in student.specs.values())
     output = Outline(context.resolve(student.ref), student.specs, student.config, student.vocabulary)
     reads = sum(outline.nbytes for outline in outlines)
     memory = sum(spec.size for spec in teacher.specs.values()) * 4 + floats * STATES
-    return StepPlan(output, reads, floats * 4, memory, problems=tuple(problems))
+    notes = [f"asks the teacher about {method.queries:,} inputs"] if isinstance(method, BlackBox) else []
+    return StepPlan(output, reads, floats * 4, memory, problems=tuple(problems), notes=tuple(notes))
 
 
 def _data_problems(method: Method, inputs: Inputs, context: Context) -> list[str]:
@@ -43,25 +44,51 @@ def _data_problems(method: Method, inputs: Inputs, context: Context) -> list[str
         return [f"{role}: {name} makes its own inputs and reads no data; leave it out" for role in given]
     if inputs.data is None:
         problems.append(f"{name} learns on examples; give `data`")
+    if isinstance(method, BlackBox) and inputs.validation is not None:
+        problems.append(f"validation: {name} measures agreement on a part of its queries; leave it out")
     for role, spec in (("data", inputs.data), ("validation", inputs.validation)):
         try:
             if spec is not None:
                 context.rows(spec)
         except RequestError as error:
             problems += [f"{role}: {problem}" for problem in error.problems]
-    if isinstance(method, Matching) and method.patience is not None and inputs.validation is None:
+    if isinstance(method, (Matching, OnPolicy)) and method.patience is not None and inputs.validation is None:
         problems.append("patience needs validation data to watch; give `validation:` (for example `part: held_out`)")
     return problems
 
 
+def _reads_alike(method: Method) -> bool:
+    """Whether the student has to have the teacher's tokenizer."""
+    if isinstance(method, Written):
+        return method.answers not in ("best", "text")
+    return isinstance(method, OnPolicy) or (isinstance(method, Matching) and not method.crosses)
+
+
 def _teacher_problems(method: Method, teacher: Outline, context: Context) -> list[str]:
-    if not isinstance(method, DataFree):
+    if isinstance(method, (Written, OnPolicy)):
+        return _writer_problems(method, teacher)
+    if not isinstance(method, (DataFree, BlackBox)):
         return []
     ref = context.resolve(teacher.ref)
     if ref.module and ref.image is None:
         return [
             f"{teacher.ref.label}: what its images are like is not known; give it `image: {{size: ..., mean: ...}}`"
         ]
+    return []
+
+
+def _writer_problems(method: Written | OnPolicy, teacher: Outline) -> list[str]:
+    label = teacher.ref.label
+    names = (teacher.config or {}).get("architectures") or ()
+    if teacher.ref.task not in (None, "causal-lm") or any("Classification" in str(name) for name in names):
+        return [f"{label}: writes no text, and a teacher that does is needed (causal-lm)"]
+    if isinstance(method, Written):
+        needed = {"logits": Access.LOGITS, "top_k": Access.PROBS}.get(method.answers, Access.LABELS)
+        if teacher.access < needed:
+            told = f"offers {teacher.access.name.lower()}, and answers: {method.answers} takes {needed.name.lower()}"
+            return [f"{label}: {told}; use answers: best"]
+    if isinstance(method, OnPolicy) and teacher.ref.is_endpoint:
+        return [f"{label}: gives no probabilities of texts that it is shown; use sequence or self_generated"]
     return []
 
 
@@ -93,6 +120,18 @@ def run(method: Method, inputs: Inputs, context: Context, folder: OutputFolder) 
         from lfm.distill._synthesis import learn_without_data
 
         return learn_without_data(method, inputs, context, folder)
+    if isinstance(method, BlackBox):
+        from lfm.distill._asking import learn_by_asking
+
+        return learn_by_asking(method, inputs, context, folder)
+    if isinstance(method, Written):
+        from lfm.distill._writing import learn_from_writing
+
+        return learn_from_writing(method, inputs, context, folder)
+    if isinstance(method, OnPolicy):
+        from lfm.distill._on_policy import learn_on_policy
+
+        return learn_on_policy(method, inputs, context, folder)
     raise AssertionError(f"{type(method).__name__} is no way to distill")
 
 

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
+from lfm.distill._contract import Taught, Terms
+
 Divergence = Literal["forward", "reverse", "js"]
 
 
@@ -37,6 +39,14 @@ def divergence(
     return temperature**2 * found.mean()
 
 
+def jensen_shannon(
+    teacher: torch.Tensor, student: torch.Tensor, *, beta: float, temperature: float = 1.0
+) -> torch.Tensor:
+    """Return T^2 times the generalised Jensen-Shannon divergence for any beta, 0 and 1 being its limits, the KLs."""
+    kind: Divergence = "forward" if beta == 0 else "reverse" if beta == 1 else "js"
+    return divergence(teacher, student, kind=kind, temperature=temperature, beta=beta)
+
+
 def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Return KL(p || q) for each row of log-probabilities (n, classes); what p rules out adds nothing."""
     ruled_out = p == -torch.inf
@@ -45,15 +55,41 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 def with_tail(log_probs: torch.Tensor, other: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return both rows on the k likeliest classes of the first, with one more for all the rest (n, k + 1)."""
-    top = log_probs.topk(min(k, log_probs.shape[-1]), -1).indices
-    found = []
-    for rows in (log_probs, other):
-        kept = rows.gather(-1, top)
-        rest = torch.log1p(-kept.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
-        found.append(torch.cat([kept, rest], -1))
-    return found[0], found[1]
+    top = log_probs.topk(min(k, log_probs.shape[-1]), -1)
+    return on_top(top.values, top.indices, other)
+
+
+def on_top(told: torch.Tensor, ids: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probabilities (n, k) of classes `ids` and those of `other` (n, classes), each with one for the rest.
+
+    A place that is not used has the log-probability -inf.
+    """
+    unused = told == -torch.inf
+    rows = (told, other.gather(-1, ids).masked_fill(unused, -torch.inf))
+    rests = [torch.log1p(-kept.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7)) for kept in rows]
+    return torch.cat([rows[0], rests[0]], -1), torch.cat([rows[1], rests[1]], -1)
+
+
+def same_classes(taught: Taught, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probabilities of both models at a temperature, on the classes that the teacher tells."""
+    teacher, student = taught.teacher, (taught.student.logits / temperature).log_softmax(-1)
+    if teacher.ids is not None:
+        return on_top(teacher.logits, teacher.ids, student)
+    return (teacher.logits / temperature).log_softmax(-1), student
 
 
 def cross_entropy(student: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the mean cross-entropy of logits (n, classes) with labels (n,)."""
     return functional.cross_entropy(student, labels)
+
+
+def answers(taught: Taught, temperature: float, alpha: float) -> Terms:
+    """Return alpha T^2 KL(teacher || student) and (1 - alpha) CE(labels, student); without labels alpha is 1."""
+    weight = 1.0 if taught.labels is None else alpha
+    terms = {}
+    if weight > 0:
+        soft = divergence(taught.teacher.logits, taught.student.logits, temperature=temperature)
+        terms["answers"] = weight * soft
+    if taught.labels is not None and weight < 1:
+        terms["labels"] = (1 - weight) * cross_entropy(taught.student.logits, taught.labels)
+    return terms

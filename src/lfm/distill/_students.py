@@ -13,20 +13,23 @@ from lfm.models.shrink import shrink
 from lfm.recipe.step import Context
 
 
-def load_student(inputs: Inputs, teacher: Model, context: Context) -> Model:
-    """Return the student, in memory; a new one reads what the teacher reads and knows its classes."""
+def load_student(inputs: Inputs, teacher: Model, context: Context, *, seed: int = 0) -> Model:
+    """Return the student, in memory; a new one reads what the teacher reads and knows its classes.
+
+    `seed` is added to that of the step, where new weights are drawn.
+    """
     settings = context.settings
     if isinstance(inputs.student, Smaller):
         made = inputs.student
         whole = load_model(context.resolve(inputs.teacher), device=settings.device, allow_pickle=settings.allow_pickle)
-        return shrink(whole, layers=made.layers, weights=made.weights, seed=context.seed)
+        return shrink(whole, layers=made.layers, width=made.width, weights=made.weights, seed=context.seed + seed)
     ref = reading_as(context.resolve(inputs.student), context.resolve(inputs.teacher), teacher)
     student = load_model(
         ref,
         task=ref.task or teacher.task,
         classes=teacher.encoder.classes if ref.ref is None else None,
         new_head=ref.ref is None and bool(teacher.encoder.classes),
-        seed=context.seed,
+        seed=context.seed + seed,
         device=settings.device,
         allow_pickle=settings.allow_pickle,
     )

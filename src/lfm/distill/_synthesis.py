@@ -14,6 +14,7 @@ from lfm.checkpoint import OutputFolder
 from lfm.data import DataSpec
 from lfm.distill._contract import DataFree, Inputs, Said, Scene, Space, Synthesiser, Taught
 from lfm.distill._matching import finish, parameter_groups
+from lfm.distill._picture import save_sheet
 from lfm.distill._students import load_student
 from lfm.errors import LfmError, RequestError
 from lfm.method import Access
@@ -27,12 +28,13 @@ from lfm.train import fit
 
 SHOWN = 64  # inputs that are kept to be looked at
 SAMPLES = "synthesised.safetensors"
+SHEET = "synthesised.png"
 PIXELS = "pixel_values"
 
 
 def learn_without_data(method: DataFree, inputs: Inputs, context: Context, folder: OutputFolder) -> StepResult:
     """Teach a student on inputs that are made for it, into `folder`; anything that asks for data fails."""
-    context = _Sealed(context)
+    context = Sealed(context)
     teacher = open_in(context, inputs.teacher, access=type(method).needs.access)
     student = load_student(inputs, teacher, context)
     device = next(student.module.parameters()).device
@@ -51,7 +53,10 @@ def learn_without_data(method: DataFree, inputs: Inputs, context: Context, folde
     log = fit(
         student.module,
         Synthesised(synthesiser),
-        lambda module, batch: method.terms(_taught(teacher, module, batch)),
+        lambda module, batch: {
+            **method.terms(_taught(teacher, module, batch)),
+            **synthesiser.terms(module, batch[PIXELS]),
+        },
         parameter_groups(student.module, method.learning_rate, method.weight_decay),
         method,
         steps=method.steps,
@@ -64,12 +69,14 @@ def learn_without_data(method: DataFree, inputs: Inputs, context: Context, folde
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed + 1)
         shown = synthesiser.samples(SHOWN)
-    metrics = _save_samples(shown, teacher, student.module, folder)
-    result = finish(student, log, inputs, folder, ["made without any data: from the teacher and random numbers alone"])
+    metrics = save_samples(shown, answers(teacher, shown), student.module, folder)
+    save_sheet(shown, scene.space, folder.partial / SHEET)
+    notes = ["made without any data: from the teacher and random numbers alone", *synthesiser.notes]
+    result = finish(student, log, inputs, folder, notes)
     return StepResult(result.digest, result.digests, {**result.metrics, **metrics}, result.notes)
 
 
-class _Sealed:
+class Sealed:
     """A context without data."""
 
     def __init__(self, context: Context) -> None:
@@ -144,10 +151,11 @@ def _taught(teacher: Model, module: nn.Module, batch: Batch) -> Taught:
     return Taught(Said(answers(teacher, batch[PIXELS])), Said(forward(module, batch).float()))
 
 
-def _save_samples(images: torch.Tensor, teacher: Model, student: nn.Module, folder: OutputFolder) -> dict[str, float]:
-    """Keep some inputs with what the teacher says of them, and return what can be told of their quality."""
-    images = images.detach()
-    said = answers(teacher, images).softmax(-1)
+def save_samples(
+    images: torch.Tensor, said: torch.Tensor, student: nn.Module, folder: OutputFolder
+) -> dict[str, float]:
+    """Keep some inputs with what the teacher said of them, and return what can be told of their quality."""
+    images, said = images.detach(), said.softmax(-1)
     student.eval()
     with torch.no_grad():
         agree = (forward(student, {PIXELS: images}).argmax(-1) == said.argmax(-1)).float().mean()

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from lfm.distill._contract import Matching, Taught, Terms
-from lfm.distill._losses import cross_entropy, divergence, with_tail
+from lfm.distill._contract import Kept, Matching, Taught, Terms
+from lfm.distill._losses import cross_entropy, divergence, same_classes, with_tail
 from lfm.method import Access, Data, Needs
 
 
@@ -28,10 +28,21 @@ class Response(Matching):
     )
     beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in the Jensen-Shannon mixture.")
     top_k: int | None = Field(None, ge=1, description="Use the teacher's likeliest classes, and one for all others.")
+    cache_teacher: bool = Field(
+        False,
+        description="Keep a language model's likeliest tokens (`top_k`, or 64) for this data on disk, computed once for "
+        "all students, and train without the teacher in memory.",
+    )
+
+    def kept(self) -> Kept | None:
+        return Kept(self.top_k or 64, self.temperature) if self.cache_teacher else None
 
     def terms(self, taught: Taught) -> Terms:
         teacher, student = taught.teacher.logits, taught.student.logits
-        if self.top_k is not None:
+        if taught.teacher.ids is not None:
+            teacher, student = same_classes(taught, self.temperature)
+            teacher, student = teacher * self.temperature, student * self.temperature
+        elif self.top_k is not None:
             teacher, student = with_tail(
                 (teacher / self.temperature).log_softmax(-1), (student / self.temperature).log_softmax(-1), self.top_k
             )

@@ -26,6 +26,7 @@ AGAIN = (408, 409, 425, 429)  # with 500 and above: statuses after which the sam
 LONGEST = 30.0  # seconds between two sends, unless the endpoint asks for more
 PATIENCE = 600.0  # seconds that an endpoint may ask for
 BIGGEST = 64 << 20  # bytes of an answer
+NEWER = "max_completion_tokens"  # what servers say that no longer take `max_tokens`, or do not know this yet
 Json = dict[str, Any]
 
 
@@ -43,6 +44,10 @@ class Failed(LfmError):
 
 class NotThere(Refused):
     """The endpoint knows no such path."""
+
+
+class OtherName(Refused):
+    """The endpoint wants the limit of an answer under another name than it was given."""
 
 
 class NotUsable(Exception):
@@ -160,6 +165,8 @@ class Wire:
             return _Lost(said, _wait(response.headers.get("retry-after")))
         if status in (404, 405):
             return NotThere(f"{self._label}: refused with {said}")
+        if status in (400, 422) and NEWER in text:
+            return OtherName(f"{self._label}: refused with {said}")
         if status // 100 == 3:
             return Refused(f"{self._label}: sends elsewhere ({said}); name the address itself")
         return Refused(f"{self._label}: refused with {said}")

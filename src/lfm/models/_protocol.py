@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
-from lfm.models._http import Json, NotUsable
+from lfm.models._http import NEWER, Json, NotUsable
 from lfm.models.ledger import Sent
-from lfm.models.ref import EndpointSpec
+from lfm.models.ref import EndpointSpec, ImageSpec
 from lfm.models.text import Completion, Prompt, Sampling, Token
 
 COMPLETIONS, CHAT, PREDICT = "/completions", "/chat/completions", "/predict"
@@ -42,6 +43,11 @@ def text_body(model: str, prompt: Prompt, how: Sampling, seed: int | None) -> tu
         return COMPLETIONS, {**body, "prompt": prompt}
     body |= {"logprobs": True, "top_logprobs": how.top_logprobs} if how.top_logprobs is not None else {}
     return CHAT, {**body, "messages": [message.model_dump() for message in prompt]}
+
+
+def renamed(body: Json) -> Json:
+    """Return a body in which the limit of the answer has its newer name."""
+    return {NEWER if name == "max_tokens" else name: value for name, value in body.items()}
 
 
 def text_reserve(prompt: Prompt, how: Sampling, spec: EndpointSpec) -> float:
@@ -157,3 +163,11 @@ def classes_of(told: Any) -> dict[str, int] | None:
     if isinstance(told, dict) and all(isinstance(index, int) for index in told.values()):
         return {str(name): index for name, index in sorted(told.items(), key=lambda item: item[1])}
     return None
+
+
+def image_of(told: Any) -> ImageSpec | None:
+    """Return what an endpoint says that its images are like, where it does."""
+    try:
+        return None if told is None else ImageSpec.model_validate(told)
+    except ValidationError:
+        return None

@@ -127,6 +127,18 @@ def anatomy(module: nn.Module) -> Anatomy:
     )
 
 
+def layers(module: nn.Module) -> tuple[str, ...]:
+    """Return the modules that give the hidden states, one after the other: the blocks.
+
+    Without blocks these are the norms; without norms, the matrices before the output layer.
+    """
+    found = anatomy(module)
+    if found.blocks:
+        return tuple(block.name for block in found.blocks)
+    graph = Graph(module)
+    return tuple(graph.norms) or tuple(path for path in graph.matrices if path != found.head)
+
+
 # --- blocks --------------------------------------------------------------------------------------------------------
 
 _Stack = tuple[str, list[str]]

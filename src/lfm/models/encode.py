@@ -167,6 +167,17 @@ class Windows(Tokens):
         return _padded(windows, windows)
 
 
+class Given(Tokens):
+    """Texts that are token ids already; every token but the first is predicted, or what `labels` say."""
+
+    def __init__(self, texts: Sequence[torch.Tensor], labels: Sequence[torch.Tensor] | None = None) -> None:
+        self._ids = list(texts)
+        self._labels = self._ids if labels is None else list(labels)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        return _padded([self._ids[i] for i in indices], [self._labels[i] for i in indices])
+
+
 def _delimited(ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
     """Mark the end of a document, unless the tokenizer marks its beginning already."""
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id

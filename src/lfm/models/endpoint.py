@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast, get_args
 
 import torch
@@ -20,7 +21,7 @@ from lfm.data import Rows
 from lfm.errors import BudgetError, LfmError, RequestError
 from lfm.method import Access
 from lfm.models import _protocol as protocol
-from lfm.models._http import Failed, Json, NotThere, Wire, key_of, name_of
+from lfm.models._http import Failed, Json, NotThere, OtherName, Wire, key_of, name_of
 from lfm.models.encode import Batch, Encoder, Examples
 from lfm.models.handle import Model, Tell
 from lfm.models.ledger import Budget, Claim, Question, Refused, Sent, open_ledger
@@ -55,7 +56,8 @@ def open_endpoint(ref: ModelRef, access: Access, task: Task | None, budget: Budg
         if classes is None:
             raise RequestError(f"{ref.label}: does not say which classes it tells apart, as `lfm serve` does")
         backend.classes = classes
-    return Model(backend, access, found, cast(Encoder, RawEncoder(found, classes)), ref.label)
+    encoder = RawEncoder(found, classes, image=protocol.image_of(about.get("image")))
+    return Model(backend, access, found, cast(Encoder, encoder), ref.label)
 
 
 @dataclass(frozen=True)
@@ -209,9 +211,28 @@ class EndpointBackend:
         path, body = protocol.text_body(self._model, prompt, how, seed)
         reserve = protocol.text_reserve(prompt, how, self._spec)
         question = Question(self._label, path, body, repeat, reserve)
-        made: Completion = self._asked_once(
-            question, f"{self._wire.base}{path}", body, lambda answer: protocol.completion(path, answer)
-        )
+
+        def ask(newer: bool = False) -> Completion:
+            # Under which name the limit is sent decides nothing, so the question is the same.
+            sent = protocol.renamed(body) if newer else body
+            read = partial(protocol.completion, path)
+            made: Completion = self._asked_once(question, f"{self._wire.base}{path}", sent, read)
+            return made
+
+        return self._under_either_name(ask) if path == protocol.CHAT else ask()
+
+    def _under_either_name(self, ask: Callable[[bool], Completion]) -> Completion:
+        """Return what a conversation is answered, its limit sent under the name that the endpoint takes."""
+        newer = bool(self._facts.get("newer_limit"))
+        try:
+            return ask(newer)
+        except OtherName as error:
+            first = error
+        try:
+            made = ask(not newer)
+        except OtherName as error:  # something else was wrong: the refusal of the newer name says what
+            raise (first if newer else error) from None
+        self._learn(newer_limit=not newer)
         return made
 
     # --- classes ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The ledger of endpoints: every request that was sent, its answer, what it cost. One SQLite file.
 
-    with opened(path) as ledger:
-        answer = ledger.answer(question, budget, send)
+    answer, known = open_ledger(path).answer(question, budget, send)
 
 A question that was answered before is answered from the file. Otherwise it is claimed, counted and reserved in one
 transaction, so that callers side by side send one request and cannot spend more than there is; then sent; then its
@@ -16,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import os
-import socket
 import sqlite3
 import threading
 import time
@@ -24,42 +22,16 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lfm.checkpoint import cache_folder
 from lfm.errors import BudgetError, LfmError, RequestError, plural
+from lfm.models._claims import alive, myself
+from lfm.models._ledger_file import connect, trouble
 
-APPLICATION = 0x6C666D4C  # "lfmL", in the header of the file
-VERSION = 1
-TABLES = """
-CREATE TABLE requests (
-    key TEXT PRIMARY KEY,           -- sha256 of endpoint, path, body and repeat
-    endpoint TEXT NOT NULL,         -- http://host/v1#model
-    path TEXT NOT NULL,
-    body TEXT NOT NULL,             -- canonical JSON; images by their digest
-    repeat INTEGER NOT NULL,        -- which of several samples for the same body
-    idempotency TEXT NOT NULL,      -- header of every send
-    run TEXT NOT NULL,              -- the run that it counts for
-    answer TEXT,                    -- JSON as it came; NULL until there is one
-    claim TEXT,                     -- the process that has it under way
-    until REAL,                     -- when a claim from another machine is void
-    cost REAL NOT NULL DEFAULT 0,   -- the most it may cost while under way, then what it cost
-    tokens_in INTEGER,
-    tokens_out INTEGER,
-    sends INTEGER NOT NULL DEFAULT 0,
-    interrupted INTEGER NOT NULL DEFAULT 0,  -- how often a process ended while it was under way
-    hits INTEGER NOT NULL DEFAULT 0,         -- how often it was answered from here
-    asked REAL NOT NULL,
-    answered REAL
-);
-CREATE INDEX by_claim ON requests (run) WHERE claim IS NOT NULL;
-CREATE TABLE runs (run TEXT PRIMARY KEY, queries INTEGER NOT NULL, cost REAL NOT NULL);
-CREATE TABLE endpoints (endpoint TEXT PRIMARY KEY, facts TEXT NOT NULL);
-"""
 WAIT = 0.05  # seconds between looks at what other processes do
-BUSY = 30.0  # seconds that the file may be locked
 FLUSH = 500  # hits that are counted in memory before they are written
 
 
@@ -188,7 +160,7 @@ class Ledger:
     def _try(self, question: Question, budget: Budget, seconds: float) -> Claim | None:
         """Claim a question if it is free and paid for; None where that may change."""
         row = self._one("SELECT answer, claim, until, idempotency, run, cost FROM requests WHERE key = ?", question.key)
-        if row is not None and (row[0] is not None or (row[1] is not None and _alive(row[1], row[2]))):
+        if row is not None and (row[0] is not None or (row[1] is not None and alive(row[1], row[2]))):
             return None
         counted = row is not None and row[1] is not None  # by a process that died: its query and reserve stay
         if not counted or row[4] != budget.run:
@@ -209,7 +181,7 @@ class Ledger:
             )
         self._do(
             "UPDATE requests SET claim = ?, until = ?, run = ?, cost = ?, interrupted = interrupted + ? WHERE key = ?",
-            *(_myself(), time.time() + seconds, budget.run, question.reserve, int(counted), question.key),
+            *(myself(), time.time() + seconds, budget.run, question.reserve, int(counted), question.key),
         )
         return Claim(question.key, idempotency)
 
@@ -221,7 +193,7 @@ class Ledger:
         if few and cheap:
             return True
         under_way = self._all("SELECT claim, until FROM requests WHERE run = ? AND claim IS NOT NULL", budget.run)
-        if any(_alive(claim, until) for claim, until in under_way):
+        if any(alive(claim, until) for claim, until in under_way):
             return False  # one that fails gives its query back, one that is answered may cost less than reserved
         if not few:
             raise BudgetError(f"the budget of {plural(budget.max_queries or 0, 'request')} is used up")
@@ -257,7 +229,7 @@ class Ledger:
                 row = self._one(
                     "SELECT run, cost FROM requests WHERE key = ? AND claim = ? AND answer IS NULL",
                     claim.key,
-                    _myself(),
+                    myself(),
                 )
                 if row is None:
                     return
@@ -345,7 +317,7 @@ class Ledger:
                     f"SELECT key, claim, until FROM requests {_OF} AND claim NOT NULL", *_of(endpoint)
                 )
                 for key, claim, until in under_way:
-                    if not _alive(claim, until):
+                    if not alive(claim, until):
                         self._do("UPDATE requests SET claim = NULL WHERE key = ?", key)
                 count = self._do(f"DELETE FROM requests {_OF} AND claim IS NULL", *_of(endpoint)).rowcount
                 self._do(f"DELETE FROM endpoints {_OF}", *_of(endpoint))
@@ -373,7 +345,7 @@ class Ledger:
 
     def _connected(self) -> sqlite3.Connection:
         if self._connection is None or self._process != os.getpid():  # a connection does not survive a fork
-            self._connection, self._process = _connect(self.path), os.getpid()
+            self._connection, self._process = connect(self.path), os.getpid()
             self._hits.clear()
         return self._connection
 
@@ -393,19 +365,19 @@ class Ledger:
         try:
             return self._connected().execute(statement, values)
         except sqlite3.Error as error:
-            raise _trouble(self.path, error) from None
+            raise trouble(self.path, error) from None
 
     def _one(self, statement: str, *values: Any) -> Any:
         try:
             return self._connected().execute(statement, values).fetchone()
         except sqlite3.Error as error:
-            raise _trouble(self.path, error) from None
+            raise trouble(self.path, error) from None
 
     def _all(self, statement: str, *values: Any) -> list[Any]:
         try:
             return self._connected().execute(statement, values).fetchall()
         except sqlite3.Error as error:
-            raise _trouble(self.path, error) from None
+            raise trouble(self.path, error) from None
 
 
 _OF = "WHERE (? IS NULL OR endpoint = ? OR substr(endpoint, 1, length(?) + 1) = ? || '#')"
@@ -447,119 +419,3 @@ def open_ledger(path: Path | None = None) -> Ledger:
                 raise
             atexit.register(ledger.close)
     return ledger
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    """Open the file, after making sure that it is a ledger; nothing is written before."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # it holds what was asked and answered
-        connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
-    except (OSError, sqlite3.Error) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise RequestError(f"{path}: the ledger cannot be opened: {why}") from None
-    try:
-        _check(path, connection)
-        _retried(lambda: connection.execute("PRAGMA journal_mode = WAL"))
-        connection.execute("PRAGMA synchronous = NORMAL")  # all that was written survives a killed process
-        _make(path, connection)
-    except sqlite3.Error as error:
-        connection.close()
-        raise _trouble(path, error) from None
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _check(path: Path, connection: sqlite3.Connection) -> None:
-    application, version, tables = (
-        _retried(lambda query=query: connection.execute(query).fetchone())[0]  # type: ignore[misc]
-        for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
-    )
-    if application == 0 and version == 0 and tables == 0:
-        return  # new
-    if application != APPLICATION:
-        raise RequestError(f"{path}: a database of another program, not a ledger; name another file with --ledger")
-    if version != VERSION:
-        raise RequestError(f"{path}: a ledger of version {version}, and this lfm writes version {VERSION}; update lfm")
-
-
-def _make(path: Path, connection: sqlite3.Connection) -> None:
-    """Make the tables, unless another process was faster."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-            for statement in TABLES.split(";\n"):
-                if statement.strip():
-                    connection.execute(statement)
-            connection.execute(f"PRAGMA application_id = {APPLICATION}")
-            connection.execute(f"PRAGMA user_version = {VERSION}")
-        connection.execute("COMMIT")
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
-
-
-def _retried(do: Callable[[], Any]) -> Any:
-    """Return what `do` gives; SQLite does not wait by itself for a file whose journal is being changed."""
-    deadline = time.monotonic() + BUSY
-    while True:
-        try:
-            return do()
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(WAIT)
-
-
-def _trouble(path: Path, error: sqlite3.Error) -> LfmError:
-    text = str(error)
-    if "locked" in text:
-        return LfmError(f"{path}: the ledger was locked by another process for {BUSY:.0f} s; try again")
-    if "malformed" in text or "not a database" in text or "file is encrypted" in text:
-        return RequestError(
-            f"{path}: not a ledger, or damaged ({text}); it was left as it is. Restore it from a copy, or move it away "
-            "(what it answered will be asked again), or name another file with --ledger"
-        )
-    return LfmError(f"{path}: the ledger cannot be read or written: {text}")
-
-
-# --- who has a question under way -----------------------------------------------------------------------------------
-
-
-def _myself() -> str:
-    """Return a name for this process that no other has, or had before it."""
-    return _name_of(os.getpid())
-
-
-@cache
-def _name_of(process: int) -> str:
-    return f"{socket.gethostname()} {process} {_started(process)}"
-
-
-def _started(process: int) -> str:
-    """Return when a process was started, in the system's ticks; empty where that cannot be known, `-` if it is dead."""
-    try:
-        state, *rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "-" if Path("/proc/self/stat").exists() else ""
-    return "-" if state in "ZX" else rest[18]
-
-
-def _alive(claim: str, until: float | None) -> bool:
-    """Whether the process that made a claim can still keep it; those of other machines are given their time."""
-    host, process, started = claim.rsplit(" ", 2)
-    if host != socket.gethostname():
-        return until is None or time.time() < until
-    if claim == _myself():
-        return True
-    if started:
-        return _started(int(process)) == started
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -66,6 +66,12 @@ def open_in(
     """Return a handle as `open_model` does, with seed, settings and budget of what is around it."""
     if access is not None and access > ref.offers:
         raise AccessError(f"{ref.label}: offers {ref.offers.name.lower()}, cannot be opened as {access.name.lower()}")
+    if ref.defence is not None:
+        from lfm.models.defence import defended
+
+        plain = ref.model_copy(update={"defence": None})
+        model = open_in(around, plain, access=None, task=task, classes=classes, new_head=new_head)
+        return defended(model, ref.defence).restrict(ref.offers if access is None else access)
     level = ref.offers if access is None else access
     settings = around.settings
     if ref.is_endpoint:

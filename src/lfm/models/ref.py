@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lfm.method import Access
+from lfm.models.defence import Defence
 
 DEFAULT_KEY = "OPENAI_API_KEY"
 Task = Literal["causal-lm", "masked-lm", "text-classification", "image-classification"]
@@ -97,6 +98,9 @@ class ModelRef(BaseModel):
         None, description="Use no more of the model than this; endpoints offer labels, or probs where this says so."
     )
     endpoint: EndpointSpec | None = Field(None, description="How an endpoint is spoken to.")
+    defence: Defence | None = Field(
+        None, description="Use no more than this leaves of its probabilities: what `lfm serve` would tell with it."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -136,9 +140,10 @@ class ModelRef(BaseModel):
     @property
     def offers(self) -> Access:
         """The most that may be asked of the model."""
+        found = Access.LABELS if self.is_endpoint else Access.WEIGHTS
         if self.access is not None:
-            return Access[self.access.upper()]
-        return Access.LABELS if self.is_endpoint else Access.WEIGHTS
+            found = Access[self.access.upper()]
+        return found if self.defence is None else min(found, Access.PROBS)
 
     def __hash__(self) -> int:
         return hash(self.ref or self.module)  # `arguments` and `config` may hold dictionaries

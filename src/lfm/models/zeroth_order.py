@@ -89,6 +89,30 @@ def estimate(loss: Loss, x: torch.Tensor, how: ZerothOrder, generator: torch.Gen
     return gradient * scale
 
 
+def estimate_rows(loss: Loss, x: torch.Tensor, how: ZerothOrder, generator: torch.Generator | None) -> torch.Tensor:
+    """Return an estimate of the gradient of each row's own loss, in the shape of `x` (rows, ...).
+
+    `loss` is given all rows at a time and returns a value for each, which depends on that row alone; every row steps
+    along directions of its own. It takes `how.queries(...)` values a row; `how.batch_size` has no part in it, and axes
+    (`coordinate`) cannot be stepped along.
+    """
+    if how.directions == "coordinate":
+        raise ValueError("rows step along random directions: gaussian or sphere")
+    shape = (-1, *[1] * (x.ndim - 1))
+    scale = (1.0 if how.directions == "gaussian" else float(x[0].numel())) / how.num_directions
+    centre = None if how.antithetic else _ask(loss, x)
+    gradient = torch.zeros_like(x)
+    for _ in range(how.num_directions):
+        steps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+        if how.directions == "sphere":
+            steps = steps / steps.flatten(1).norm(dim=1).view(shape)
+        ahead = _ask(loss, x + how.mu * steps)
+        behind = _ask(loss, x - how.mu * steps) if centre is None else centre
+        slopes = (ahead - behind) / (2 * how.mu if how.antithetic else how.mu)
+        gradient += slopes.to(x.dtype).view(shape) * steps
+    return gradient * scale
+
+
 def _count(how: ZerothOrder, size: int) -> int:
     return min(how.num_directions, size) if how.directions == "coordinate" else how.num_directions
 

@@ -44,9 +44,10 @@ class Catalogue:
             # The output is a checkpoint of its own; of the model it was made like, only what no file says is kept.
             like = self._planned[ref.ref].ref
             place = str(self.target(self._recipe.steps[ref.ref]))
-            return like.model_copy(update={"ref": place, "config": None, "tokenizer": None, "access": ref.access})
+            own = {"access": ref.access, "defence": ref.defence}
+            return like.model_copy(update={"ref": place, "config": None, "tokenizer": None, **own})
         found = self._recipe.models.get(ref.ref, ref) if ref.ref else ref
-        return found if ref.access is None or found is ref else _narrowed(found, ref)
+        return found if found is ref or (ref.access is None and ref.defence is None) else _narrowed(found, ref)
 
     def outline(self, ref: ModelRef) -> Outline:
         """Return what a model looks like, whether it exists already or will be made by a step."""
@@ -176,8 +177,11 @@ def _short_name(ref: ModelRef) -> str:
 
 def _narrowed(found: ModelRef, ref: ModelRef) -> ModelRef:
     """Return a model of the recipe with the access that a step leaves itself, which cannot be more than it has."""
-    least = min(found.offers if found.access is not None else ref.offers, ref.offers)
-    return found.model_copy(update={"access": least.name.lower()})
+    changes: dict[str, Any] = {} if ref.defence is None else {"defence": ref.defence}
+    if ref.access is not None:
+        least = min(found.offers if found.access is not None else ref.offers, ref.offers)
+        changes["access"] = least.name.lower()
+    return found.model_copy(update=changes)
 
 
 def _asked_for(endpoint: ModelRef) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from lfm.recipe.catalogue import Catalogue
 from lfm.recipe.execute import StepRun, evaluation_key
 from lfm.recipe.lineage import environment
 from lfm.recipe.schema import Recipe, Step, pretty
-from lfm.report import Column, Curve, Estimate, HeatMap, Node, Note, Run, Samples, Table, TrainingLog, write
+from lfm.report import Chart, Column, Curve, Estimate, HeatMap, Node, Note, Run, Samples, Table, TrainingLog, write
 
 if TYPE_CHECKING:
     from lfm.evaluate.measure import Measured, Measurement
@@ -78,7 +79,8 @@ def summarise(recipe: Recipe, runs: list[StepRun], catalogue: Catalogue, measure
         nodes=tuple(_nodes(recipe, runs, catalogue)),
         tables=tuple(tables(measured)) if measured else (),
         logs=tuple(_logs(runs)),
-        heat_maps=tuple(_heat_maps(runs, catalogue)),
+        charts=tuple(_charts(runs)),
+        heat_maps=(*_heat_maps(runs, catalogue), *_drawn(runs)),
         samples=tuple(_samples(runs)),
         notes=tuple(notes),
         recipe=recipe.text,
@@ -171,6 +173,20 @@ def _logs(runs: list[StepRun]) -> Iterator[TrainingLog]:
         yield TrainingLog(run.step.name, tuple(curves))
 
 
+def _charts(runs: list[StepRun]) -> Iterator[Chart]:
+    """Yield what steps measured and left in `curve.json`: columns of numbers, and which to draw over which."""
+    for run in runs:
+        path = run.folder / "curve.json"
+        if not path.is_file():
+            continue
+        told = json.loads(path.read_text(encoding="utf-8"))
+        columns = {name: tuple(math.nan if y is None else y for y in told["columns"][name]) for name in told["columns"]}
+        for chart in told["charts"]:
+            curves = tuple(Curve(name, columns[chart["x"]], columns[name]) for name in chart["y"])
+            note = f"{told['examples']:,} examples."
+            yield Chart(f"{run.step.name}: {chart['title']}", curves, chart["x"], chart["y_label"], note)
+
+
 def _samples(runs: list[StepRun]) -> Iterator[Samples]:
     """Yield what steps made for students to learn from: what they left beside the weights."""
     for run in runs:
@@ -185,6 +201,16 @@ def _samples(runs: list[StepRun]) -> Iterator[Samples]:
         )
         if found.picture or found.texts:
             yield found
+
+
+def _drawn(runs: list[StepRun]) -> Iterator[HeatMap]:
+    """Yield the grids that steps left in `heat_maps.json`."""
+    for run in runs:
+        path = run.folder / "heat_maps.json"
+        for told in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ():
+            grid = {name: tuple(told[name]) for name in ("rows", "columns")}
+            values = tuple(map(tuple, told["values"]))
+            yield HeatMap(f"{run.step.name}: {told['title']}", **grid, values=values, unit=told["unit"], note=told["note"])
 
 
 def _heat_maps(runs: list[StepRun], catalogue: Catalogue) -> Iterator[HeatMap]:

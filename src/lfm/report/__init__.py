@@ -13,6 +13,7 @@ from pathlib import Path
 from lfm.report._model import (
     Cell,
     Change,
+    Chart,
     Column,
     Curve,
     Estimate,
@@ -29,6 +30,7 @@ from lfm.report._page import render
 __all__ = [
     "Cell",
     "Change",
+    "Chart",
     "Column",
     "Curve",
     "Estimate",

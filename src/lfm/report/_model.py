@@ -149,6 +149,17 @@ class TrainingLog:
 
 
 @dataclass(frozen=True)
+class Chart:
+    """Curves that a step measured, such as what it costs to ask more models, and what it brings."""
+
+    title: str
+    curves: tuple[Curve, ...]
+    x_label: str
+    y_label: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Node:
     """A model that went in, or a step that made one. `detail` holds parameters, ref, seconds, bytes, as text."""
 
@@ -209,6 +220,7 @@ class Run:
     nodes: tuple[Node, ...] = ()
     tables: tuple[Table, ...] = ()
     logs: tuple[TrainingLog, ...] = ()
+    charts: tuple[Chart, ...] = ()
     heat_maps: tuple[HeatMap, ...] = ()
     samples: tuple[Samples, ...] = ()
     notes: tuple[Note, ...] = ()
@@ -229,6 +241,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "nodes": [_node(node) for node in run.nodes],
         "tables": [_table(table) for table in run.tables],
         "logs": [_log(log) for log in run.logs],
+        "charts": [_chart(chart) for chart in run.charts],
         "heat_maps": [_heat_map(heat_map) for heat_map in run.heat_maps],
         "samples": [
             {"step": one.step_name, "texts": list(one.texts), "facts": {k: _exact(v) for k, v in one.facts.items()}}
@@ -272,12 +285,20 @@ def _cell(cell: Cell) -> dict[str, Any] | None:
 
 
 def _log(log: TrainingLog) -> dict[str, Any]:
-    curves = [
+    return {"step": log.step_name, "x_label": log.x_label, "y_label": log.y_label, "curves": _curves(log.curves)}
+
+
+def _chart(chart: Chart) -> dict[str, Any]:
+    labels = {"x_label": chart.x_label, "y_label": chart.y_label}
+    return {"title": chart.title, **labels, "note": chart.note, "curves": _curves(chart.curves)}
+
+
+def _curves(curves: tuple[Curve, ...]) -> list[dict[str, Any]]:
+    return [
         {"label": curve.label, "points": len(curve.x), "x": [_exact(_short(x)) for x in thin.x], "y": _rounded(thin.y)}
-        for curve in log.curves
+        for curve in curves
         for thin in [curve.thinned()]
     ]
-    return {"step": log.step_name, "x_label": log.x_label, "y_label": log.y_label, "curves": curves}
 
 
 def _heat_map(heat_map: HeatMap) -> dict[str, Any]:

@@ -11,7 +11,20 @@ from dataclasses import dataclass
 
 from lfm.errors import plural
 from lfm.report._graph import Box, graph
-from lfm.report._model import Change, Column, Estimate, HeatMap, Node, Run, Samples, Table, TrainingLog, as_json
+from lfm.report._model import (
+    Change,
+    Chart,
+    Column,
+    Curve,
+    Estimate,
+    HeatMap,
+    Node,
+    Run,
+    Samples,
+    Table,
+    TrainingLog,
+    as_json,
+)
 from lfm.report._style import STYLE
 from lfm.report._svg import (
     Dot,
@@ -37,6 +50,7 @@ def render(run: Run) -> str:
         ("results", "Results", [_table(index, table) for index, table in enumerate(run.tables)]),
         ("graph", "Recipe graph", [_graph(run)] if run.nodes else []),
         ("training", "Training", [el("div", *map(_log, run.logs), class_="grid wide")] if run.logs else []),
+        ("charts", "Cost", [el("div", *map(_chart, run.charts), class_="grid wide")] if run.charts else []),
         ("samples", "Made to learn from", [_samples(one) for one in run.samples]),
         ("layers", "Inside the weights", [_heat_map(heat_map) for heat_map in run.heat_maps]),
         ("lineage", "Lineage", [_lineage(run.nodes)] if run.nodes else []),
@@ -306,23 +320,32 @@ def _made_by(node: Node) -> str:
 
 
 def _log(log: TrainingLog) -> Markup:
-    thin = [curve.thinned() for curve in log.curves]
-    title = el("h3", log.step_name)
+    return _lines(log.step_name, log.curves, log.x_label, log.y_label)
+
+
+def _chart(chart: Chart) -> Markup:
+    return _lines(chart.title, chart.curves, chart.x_label, chart.y_label, chart.note)
+
+
+def _lines(title: str, curves: tuple[Curve, ...], x_label: str, y_label: str, note: str = "") -> Markup:
+    """Return curves with their legend, which tells their last values, and the names of both axes."""
+    thin = [curve.thinned() for curve in curves]
     if not any(math.isfinite(x) and math.isfinite(y) for curve in thin for x, y in zip(curve.x, curve.y, strict=True)):
-        return el("figure", title, el("p", "No value was logged.", class_="note"))
-    names = ", ".join(curve.label for curve in log.curves)
-    drawing, is_log = line_chart(f"{log.y_label} over {log.x_label} of {log.step_name}: {names}", thin)
+        return el("figure", el("h3", title), el("p", "No value was logged.", class_="note"))
+    names = ", ".join(curve.label for curve in curves)
+    drawing, is_log = line_chart(f"{y_label} over {x_label} of {title}: {names}", thin)
     legend = [
         el("li", swatch(index), curve.label, " ", el("b", number(curve.y[-1]) if curve.y else "–"))
-        for index, curve in enumerate(log.curves)
+        for index, curve in enumerate(curves)
     ]
     return el(
         "figure",
-        title,
+        el("h3", title),
         el("ul", *legend, class_="legend", aria_label="Curves and their last values"),
-        el("p", log.y_label, " (logarithmic)" if is_log else None, class_="axis-name"),
+        el("p", y_label, " (logarithmic)" if is_log else None, class_="axis-name"),
         drawing,
-        el("p", log.x_label, class_="axis-name right"),
+        el("p", x_label, class_="axis-name right"),
+        el("p", note, class_="note") if note else None,
     )
 
 

@@ -53,6 +53,7 @@ class Service:
             "access": model.access.name.lower(),
             "classes": sorted(classes, key=lambda label: classes[label]) or None,
             "context": model.encoder.context,
+            "image": None if model.encoder.image is None else model.encoder.image.model_dump(mode="json"),
         }
         return {"id": name, "object": "model", "created": self._created, "owned_by": "lfm", "lfm": told}
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfm.errors import RequestError
 from lfm.method import Access
+from lfm.models.defence import Defence, defended
 from lfm.models.ref import ModelRef
 
 if TYPE_CHECKING:
@@ -34,10 +36,17 @@ class Serving:
     access: Access = Access.PROBS  # the most that clients get
     together: int = 8  # prompts that one model answers in one batch
     most_bytes: int = 32 * 2**20  # of one request
+    defence: Defence = field(default_factory=Defence)  # what is done to probabilities before clients get them
+    secret_env: str | None = None  # environment variable that holds what noise is keyed with
 
     @property
     def token(self) -> str | None:
         return None if self.token_env is None else os.environ.get(self.token_env)
+
+    @property
+    def secret(self) -> str:
+        """What noise is keyed with; a new one every time where none is given."""
+        return secrets.token_hex(16) if self.secret_env is None else os.environ.get(self.secret_env, "")
 
     def problems(self) -> list[str]:
         """Return what speaks against it, one line each."""
@@ -55,7 +64,16 @@ class Serving:
                 f"--host {self.host} lets other machines in, and nothing asks who they are; name a variable that holds "
                 "a token (--token-env VARIABLE), or say --allow-open"
             )
-        return found
+        return [*found, *self._defence_problems()]
+
+    def _defence_problems(self) -> list[str]:
+        if self.secret_env is not None and not self.defence.perturb:
+            return ["--secret-env: there is no noise to be keyed; say how much (--perturb), or leave it out"]
+        if self.secret_env is not None and not self.secret:
+            return [f"--secret-env: the environment variable {self.secret_env} is not set; put the secret there"]
+        if self.access < Access.PROBS and self.defence.tells_less:
+            return ["--round, --top-k, --perturb: clients get no probabilities (--access labels); leave these out"]
+        return []
 
 
 def names_of(refs: Sequence[ModelRef], given: Sequence[str]) -> list[str]:
@@ -94,7 +112,7 @@ def serve(
     if problems:
         raise RequestError(*problems)
     with bound(how.host, how.port) as place:
-        models = opened(dict(zip(called, refs, strict=True)), open_model, how.access)
+        models = opened(dict(zip(called, refs, strict=True)), open_model, how)
         host, port = place.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         for name, model in models.items():
@@ -119,19 +137,21 @@ def bound(host: str, port: int) -> socket.socket:
     return place
 
 
-def opened(refs: Mapping[str, ModelRef], open_model: Callable[[ModelRef], Model], access: Access) -> dict[str, Model]:
+def opened(refs: Mapping[str, ModelRef], open_model: Callable[[ModelRef], Model], how: Serving) -> dict[str, Model]:
     """Open all models, restricted to what clients get; raises RequestError with all that cannot be served."""
     models: dict[str, Model] = {}
+    secret = how.secret
     problems: list[str] = []
     for name, ref in refs.items():
         try:
             model = open_model(ref)
+            model = defended(model, how.defence, secret) if how.defence.tells_less else model
         except RequestError as error:
             problems += error.problems
             continue
         if model.task == "masked-lm":
             problems.append(f"{ref.label}: a masked-lm model neither writes text nor classifies; it cannot be served")
-        models[name] = model.restrict(access)
+        models[name] = model.restrict(how.access)
     if problems:
         raise RequestError(*problems)
     return models

@@ -13,6 +13,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from lfm.data import Rows
 from lfm.errors import AccessError, RequestError
@@ -250,6 +251,13 @@ def confidence(made: Completion) -> float:
     if not made.tokens:
         return 0.0
     return math.exp(sum(token.logprob for token in made.tokens) / len(made.tokens))
+
+
+def confidences(models: Sequence[Model], prompts: Sequence[Prompt], tokens: int) -> torch.Tensor:
+    """Return how sure each model is of the answer that it would give to each prompt: (models, prompts), float64."""
+    how = Sampling(max_new_tokens=tokens, top_logprobs=0)
+    answers = [model.write(prompts, how) for model in models]
+    return torch.tensor([[confidence(made) for made in row] for row in answers], dtype=torch.float64)
 
 
 def _told(found: list[Completion], tell: Tell | None) -> list[Completion]:

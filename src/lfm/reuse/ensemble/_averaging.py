@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
@@ -22,23 +24,38 @@ def best_weights(said: torch.Tensor, labels: torch.Tensor, of: str) -> torch.Ten
             weights = (shares / shares.sum(0).clamp_min(1e-300)).mean(1)
             weights = weights / weights.sum()
         return weights
-    free = torch.zeros(len(said), dtype=torch.float64, requires_grad=True)
     finite = said.clamp_min(-1e4)
-    optimiser = torch.optim.LBFGS([free], max_iter=100, line_search_fn="strong_wolfe")
 
-    def loss() -> torch.Tensor:
+    def loss(free: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy((free.softmax(0)[:, None, None] * finite).sum(0), labels)
+
+    return minimised(loss, torch.zeros(len(said), dtype=torch.float64), steps=100).softmax(0)
+
+
+def minimised(loss: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, steps: int) -> torch.Tensor:
+    """Return the numbers at which a smooth convex loss is least, by LBFGS from `start`."""
+    free = start.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([free], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def step() -> torch.Tensor:
         optimiser.zero_grad()
-        found = functional.cross_entropy((free.softmax(0)[:, None, None] * finite).sum(0), labels)
+        found = loss(free)
         found.backward()  # type: ignore[no-untyped-call]
         return found
 
-    optimiser.step(loss)  # type: ignore[no-untyped-call]
-    return free.detach().softmax(0)
+    optimiser.step(step)  # type: ignore[no-untyped-call]
+    return free.detach()
 
 
 def best_temperature(scores: torch.Tensor, labels: torch.Tensor) -> float:
-    """Return the T > 0 for which softmax(scores / T) gives the labels the highest likelihood (Guo et al. 2017)."""
-    finite = scores.double().clamp_min(-1e4)
+    """Return the T > 0 for which softmax(scores / T) gives the labels the highest likelihood (Guo et al. 2017).
+
+    Labels that are ruled out are left out: no temperature gives them any mass. It is 1 where nothing is left.
+    """
+    possible = scores.gather(-1, labels[:, None])[:, 0].isfinite()
+    if not possible.any():
+        return 1.0
+    finite, labels = scores[possible].double().clamp_min(-1e4), labels[possible]
     low, high = -3.0, 3.0  # of the logarithm; the loss has one minimum in 1/T
     for _ in range(60):
         thirds = [low + (high - low) / 3, high - (high - low) / 3]
@@ -47,4 +64,4 @@ def best_temperature(scores: torch.Tensor, labels: torch.Tensor) -> float:
     return float(torch.tensor((low + high) / 2).exp())
 
 
-__all__ = ["averaged", "best_temperature", "best_weights"]
+__all__ = ["averaged", "best_temperature", "best_weights", "minimised"]

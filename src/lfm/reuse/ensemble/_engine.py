@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load as load_state
 from safetensors.torch import save as save_state
 
 from lfm.checkpoint import STATE, OutputFolder, manifest_digest, open_checkpoint
-from lfm.errors import RequestError, plural
+from lfm.errors import AccessError, RequestError, plural
 from lfm.method import Access, Method, methods_of, number_of_models
-from lfm.models.encode import IGNORE, Batch, Examples, targets
-from lfm.models.handle import Backend, Model, Tell
+from lfm.models.handle import Backend, Model
 from lfm.models.open import Around, made_of_others, open_in
 from lfm.models.ref import ModelRef
-from lfm.models.text import Completion, Prompt, Sampling
-from lfm.models.writing import write_with
 from lfm.recipe.step import Context, Outline, StepPlan, StepResult
-from lfm.reuse.ensemble._averaging import best_temperature
-from lfm.reuse.ensemble._contract import Ensemble, Inputs, State, TextEnsemble, TunedEnsemble
-from lfm.reuse.ensemble._members import MEMBERS, Answers, joined_classes, joint_encoder
-from lfm.reuse.ensemble._stepping import AveragedStepper, Of
+from lfm.reuse.ensemble._contract import (
+    Ensemble,
+    Inputs,
+    JointEnsemble,
+    State,
+    TextEnsemble,
+    TrainedEnsemble,
+    TunedEnsemble,
+)
+from lfm.reuse.ensemble._joined import Joined
+from lfm.reuse.ensemble._learning import Learned, from_data, from_own_text, from_prompts
+from lfm.reuse.ensemble._members import MEMBERS
+from lfm.reuse.ensemble._trained import request_problems, several_in_one, size_of, train
+from lfm.reuse.ensemble.average import Average
 
 FORMAT = 1
-BATCH = 64
-Joining = Ensemble | TextEnsemble | TunedEnsemble
-TEMPERATURES, TEMPERATURE = "temperatures", "temperature"  # learned by the engine; the rest is the method's
+CURVE = "curve.json"
+NOTHING_WRITTEN = (
+    "`calibrate` takes labelled `data` that no member was trained on: classifiers, unlike language models, write "
+    "nothing that they could be calibrated by"
+)
+Joining = Ensemble | TextEnsemble | TunedEnsemble | TrainedEnsemble
 
 
 # --- planning -------------------------------------------------------------------------------------------------------
@@ -39,19 +47,28 @@ TEMPERATURES, TEMPERATURE = "temperatures", "temperature"  # learned by the engi
 def plan(method: Joining, inputs: Inputs, context: Context) -> StepPlan:
     """Return what an ensemble is made of, and everything that speaks against it."""
     problems = _request_problems(method, inputs)
+    rows = None
+    if inputs.data is not None:
+        try:
+            rows = context.rows(inputs.data)
+        except RequestError as error:
+            problems += [f"data: {problem}" for problem in error.problems]
+    if isinstance(method, TrainedEnsemble):
+        problems += request_problems(method, inputs, rows)
     try:
         outlines = context.outlines(_all_models(inputs))
     except RequestError as error:
         raise RequestError(*problems, *error.problems) from None
-    if inputs.data is not None:
-        try:
-            context.rows(inputs.data)
-        except RequestError as error:
-            problems += [f"data: {problem}" for problem in error.problems]
-    if inputs.copy_members:
+    if isinstance(method, (Ensemble, TextEnsemble)):
+        last = outlines[-len(inputs.models) :]
+        offered = [_offered(ref, outline, context) for ref, outline in zip(inputs.models, last, strict=True)]
+        problems += [*method.problems(offered), *_own_text_problems(method, inputs, outlines[0])]
+    if inputs.copy_members and not isinstance(method, TrainedEnsemble):
         problems += _copy_problems([context.resolve(ref) for ref in _all_models(inputs)])
     nbytes = sum(outline.nbytes for outline in outlines)
     output = Outline(context.resolve(inputs.models[0]), {}, outlines[0].config, access=Access.PROBS)
+    if isinstance(method, TrainedEnsemble):
+        return StepPlan(output, nbytes, *size_of(method, outlines[0]), problems=tuple(problems))
     writes = nbytes if inputs.copy_members else 0
     return StepPlan(output, nbytes, writes, 2 * nbytes, problems=tuple(problems))
 
@@ -93,12 +110,41 @@ def _request_problems(method: Joining, inputs: Inputs) -> list[str]:
         problems.append(f"{name} does not use a base")
     if isinstance(method, TunedEnsemble) and (inputs.data is not None or inputs.calibrate != "no"):
         return [*problems, f"{name} learns nothing here, and takes neither `data` nor `calibrate`"]
-    wants = (isinstance(method, Ensemble) and method.learns) or inputs.calibrate != "no"
-    if wants and inputs.data is None:
-        problems.append(f"{name} learns from examples here; give `data` that no member was trained on")
-    if inputs.calibrate != "no" and isinstance(method, TextEnsemble):
-        problems.append(f"{name} writes text, and has nothing that `calibrate` could be about")
+    if isinstance(method, (Ensemble, TextEnsemble)):
+        problems += _learning_problems(method, inputs)
     return problems
+
+
+def _offered(ref: ModelRef, outline: Outline, context: Context) -> tuple[str, Access]:
+    """Return a member's name with what it offers."""
+    return ref.label, min(outline.access, context.resolve(ref).offers)
+
+
+def _learning_problems(method: Ensemble | TextEnsemble, inputs: Inputs) -> Iterator[str]:
+    """Yield what keeps a method from learning as asked."""
+    name = type(method).__name__
+    if isinstance(method, TextEnsemble):
+        if inputs.calibrate != "no":
+            yield f"{name} joins texts, which have no temperature; leave out `calibrate`"
+        if inputs.data is not None and not method.measures:
+            yield f"{name} learns nothing from examples; leave out `data`"
+    elif inputs.data is not None:
+        return
+    elif method.learns:
+        yield f"{name} learns from examples here; give `data` that no member was trained on"
+    elif inputs.calibrate == "members":
+        yield "`calibrate: members` takes `data`: by its own text alone, every model has a temperature of 1"
+    elif inputs.calibrate == "ensemble" and not method.writes:
+        yield NOTHING_WRITTEN
+
+
+def _own_text_problems(method: Ensemble | TextEnsemble, inputs: Inputs, first: Outline) -> Iterator[str]:
+    """Refuse to calibrate classifiers by text of their own, as far as reference and config of the first tell."""
+    names = (first.config or {}).get("architectures") or ()
+    classifies = first.ref.image is not None or any(str(name).endswith("Classification") for name in names)
+    writes = isinstance(method, Ensemble) and method.writes
+    if inputs.calibrate == "ensemble" and inputs.data is None and writes and classifies:
+        yield NOTHING_WRITTEN
 
 
 # --- making one -----------------------------------------------------------------------------------------------------
@@ -106,34 +152,68 @@ def _request_problems(method: Joining, inputs: Inputs) -> list[str]:
 
 def run(method: Joining, inputs: Inputs, context: Context, folder: OutputFolder) -> StepResult:
     """Write an ensemble into `folder`."""
+    if isinstance(method, TrainedEnsemble):
+        made = train(method, inputs, context, folder)
+        equal = [1.0] * len(made.members)
+        return StepResult(_written(method, equal, made.members, made.state, folder), metrics=made.metrics)
     refs = [context.resolve(ref) for ref in _all_models(inputs)]
-    members = [open_in(context, ref, access=_asked(method, ref)) for ref in refs]
+    members = [_opened(method, ref, context) for ref in refs]
     even = 1 / len(inputs.models) if isinstance(method, TunedEnsemble) else 1.0  # these are not made to sum to 1
     weights = tuple(inputs.weights or [even] * len(inputs.models))
     state: State = {}
-    metrics: dict[str, float] = {}
     backend = _joined(method, members, weights, state)
+    learned = Learned()
     if isinstance(backend, Joined) and inputs.data is not None:
         examples = backend.encoder.encode(context.rows(inputs.data), inputs.length)
-        metrics = _learn(backend, examples, inputs.calibrate)
+        learned = from_data(backend, examples, inputs.calibrate)
+    elif isinstance(backend, Joined) and inputs.calibrate != "no":
+        learned = from_own_text(backend, inputs.length, context.seed)
+    elif isinstance(method, TextEnsemble) and inputs.data is not None:
+        learned = from_prompts(method, members, context.rows(inputs.data))
+    metrics = dict(learned.metrics)
+    if learned.curve is not None:
+        folder.write_json(CURVE, learned.curve.as_dict(_names(inputs.models)))
+        metrics.update(learned.curve.metrics(_names(inputs.models)))
+    entries = [_entry(ref, index, inputs, folder) for index, ref in enumerate(refs)]
+    return StepResult(_written(method, weights, entries, state, folder), metrics=metrics)
+
+
+def _names(refs: Sequence[ModelRef]) -> list[str]:
+    """Return a name for each member; one that is there before gets its place behind it."""
+    labels = [ref.label for ref in refs]
+    return [f"{label} ({i + 1})" if label in labels[:i] else label for i, label in enumerate(labels)]
+
+
+def _written(
+    method: Joining, weights: Sequence[float], members: list[dict[str, Any]], state: State, folder: OutputFolder
+) -> str:
+    """Write what an ensemble is made of; returns its digest."""
     manifest: dict[str, Any] = {
         "lfm": FORMAT,
         "verb": "ensemble",
         "method": _name_of(method),
         "parameters": method.model_dump(mode="json"),
         "weights": list(weights),
-        "members": [_entry(ref, index, inputs, folder) for index, ref in enumerate(refs)],
+        "members": members,
     }
     raw = save_state({name: value.contiguous() for name, value in state.items()}) if state else b""
     if raw:
         (folder.partial / STATE).write_bytes(raw)
     folder.write_json("lfm.json", manifest)
-    return StepResult(manifest_digest(manifest, raw), metrics=metrics)
+    return manifest_digest(manifest, raw)
 
 
-def _asked(method: Method, ref: ModelRef) -> Access:
-    """Return how much of a member is used: what the method needs, more for what is written token by token."""
-    return max(method.needs.access, min(ref.offers, Access.PROBS))
+def _opened(method: Method, ref: ModelRef, around: Around) -> Model:
+    """Open a member as far as it is used: what the method needs, more for what is written token by token."""
+    needed = method.needs.access
+    if made_of_others(ref) is None:
+        return open_in(around, ref, access=max(needed, min(ref.offers, Access.PROBS)))
+    model = open_in(around, ref)  # of what it is made says how much it offers
+    if model.access < needed:
+        raise AccessError(
+            f"{ref.label}: offers {model.access.name.lower()}, and {_name_of(method)} needs {needed.name.lower()}"
+        )
+    return model.restrict(max(needed, Access.PROBS))
 
 
 def _name_of(method: Method) -> str:
@@ -160,40 +240,6 @@ def _entry(ref: ModelRef, index: int, inputs: Inputs, folder: OutputFolder) -> d
     return {**told, "digest": checkpoint.digest}
 
 
-def _learn(backend: Joined, examples: Examples, calibrate: str) -> dict[str, float]:
-    """Fill the ensemble's state from held-out examples; returns what was found."""
-    method, state = backend.method, backend.state
-    if calibrate != "no" and not backend.members[0].task.endswith("classification"):
-        raise RequestError(f"`calibrate` is for classifiers, and these are {backend.members[0].task} models")
-    held = _Held(backend, examples)
-    metrics: dict[str, float] = {}
-    if calibrate == "members":
-        found = [best_temperature(held.log_probs(index), held.targets) for index in range(len(held))]
-        state[TEMPERATURES] = torch.tensor(found, dtype=torch.float64)
-        metrics |= {f"temperature of {m.label}": t for m, t in zip(backend.members, found, strict=True)}
-        held = _Held(backend, examples)
-    if method.learns:
-        state |= method.learn(held, held.targets, backend.weights)
-    scores = method.combine(held, backend.weights, state)
-    if calibrate == "ensemble":
-        state[TEMPERATURE] = torch.tensor([best_temperature(scores, held.targets)], dtype=torch.float64)
-        metrics["temperature"] = float(state[TEMPERATURE])
-    metrics["held-out accuracy"] = float((scores.argmax(-1) == held.targets).double().mean())
-    metrics |= _told(state, backend.members)
-    return metrics
-
-
-def _told(state: State, members: Sequence[Model]) -> Iterator[tuple[str, float]]:
-    """Yield what was learned and can be said in numbers."""
-    if "weights" in state:
-        yield from ((f"weight of {m.label}", float(w)) for m, w in zip(members, state["weights"], strict=True))
-    if "threshold" in state:
-        yield "threshold", float(state["threshold"])
-    for threshold, accuracy, beyond in state.get("curve", torch.zeros(0, 3)).tolist():
-        yield f"accuracy at threshold {threshold:g}", accuracy
-        yield f"share beyond the first at threshold {threshold:g}", beyond
-
-
 # --- using one ------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +259,7 @@ def load(manifest: Mapping[str, Any], folder: Path, around: Around) -> Model:
         raise AssertionError(f"{type(method).__name__} is no ensemble")
     backend = _joined(method, members, weights, state)
     encoder = backend.encoder if isinstance(backend, Joined) else members[0].encoder
-    return Model(backend, Access.PROBS, members[0].task, encoder, str(folder))
+    return Model(backend, min(backend.offers, Access.PROBS), members[0].task, encoder, str(folder))
 
 
 def _joined(method: Joining, members: Sequence[Model], weights: Sequence[float], state: State) -> Joined | Backend:
@@ -223,6 +269,10 @@ def _joined(method: Joining, members: Sequence[Model], weights: Sequence[float],
         return method.backend(base, tuned, weights)
     if isinstance(method, TextEnsemble):
         return method.backend(members, weights)
+    if isinstance(method, JointEnsemble):
+        return several_in_one(method, members[0], state)
+    if isinstance(method, TrainedEnsemble):
+        return Joined(Average(), members, weights, state)
     return Joined(method, members, weights, state)
 
 
@@ -238,107 +288,10 @@ def _member(
         ref = ModelRef.model_validate(told)
         if "digest" in entry and open_checkpoint(str(ref.ref)).digest != entry["digest"]:
             raise RequestError(f"{ref.label}: is not what it was when {folder} was made; make the ensemble again")
-        return open_in(around, ref, access=_asked(method, ref))
+        return _opened(method, ref, around)
     except RequestError as error:
         problems += error.problems
         return None
-
-
-@dataclass
-class Joined:
-    """The backend of an ensemble of classifiers, or of language models with one tokenizer."""
-
-    method: Ensemble
-    members: Sequence[Model]
-    weights: Sequence[float]
-    state: State
-
-    def __post_init__(self) -> None:
-        tasks = {member.task for member in self.members}
-        if len(tasks) > 1:
-            told = ", ".join(f"{member.label} ({member.task})" for member in self.members)
-            raise RequestError(f"an ensemble takes models for one task, got {told}")
-        if not self.members[0].task.endswith("classification"):
-            self._check_texts()
-        self.classes, self.places = joined_classes(self.members, one_set=self.method.one_set)
-        self.encoder = joint_encoder(self.members, self.classes)
-        self.calls = [0] * len(self.members)
-
-    def _check_texts(self) -> None:
-        if not self.method.writes:
-            raise RequestError(f"{type(self.method).__name__} joins classifiers, got {self.members[0].task} models")
-        first, *others = (member.encoder.tokenizer for member in self.members)
-        for member, tokenizer in zip(self.members[1:], others, strict=True):
-            if first is None or tokenizer is None or first.get_vocab() != tokenizer.get_vocab():
-                raise RequestError(
-                    f"{member.label}: its tokenizer is not that of {self.members[0].label}; "
-                    "`byte_average` joins models of different tokenizers"
-                )
-
-    @property
-    def offers(self) -> Access:
-        return Access.PROBS
-
-    def answers(self, batch: Batch) -> Answers:
-        """Return what members say about a batch."""
-        temperatures = self.state[TEMPERATURES].tolist() if TEMPERATURES in self.state else None
-        size = len(self.classes) if self.classes else 0
-        return Answers(self.members, self.places, size, batch, temperatures, self.calls)
-
-    def logits(self, batch: Batch) -> torch.Tensor:
-        scores = self.method.combine(self.answers(batch), self.weights, self.state)
-        if TEMPERATURE in self.state:
-            scores = (scores / float(self.state[TEMPERATURE])).log_softmax(-1)
-        return scores
-
-    def labels(self, batch: Batch) -> torch.Tensor:
-        return self.logits(batch).argmax(-1)
-
-    def write(self, prompts: Sequence[Prompt], how: Sampling, tell: Tell | None) -> list[Completion]:
-        if not self.method.writes or self.members[0].task != "causal-lm":
-            raise RequestError("this ensemble does not write text")
-        of: Of = "logits" if getattr(self.method, "of", "") == "logits" else "probabilities"
-        chosen = self.state["weights"].tolist() if "weights" in self.state else list(self.weights)
-        stepper = AveragedStepper([member.stepper() for member in self.members], chosen, of)
-        return write_with(stepper, self.members[0].wording, prompts, how, tell)
-
-
-class _Held:
-    """What members say of all held-out examples (of texts: of their tokens), asked once: see `Members`."""
-
-    def __init__(self, backend: Joined, examples: Examples) -> None:
-        batches = [
-            examples.batch(range(start, min(start + BATCH, len(examples)))) for start in range(0, len(examples), BATCH)
-        ]
-        self._task = backend.members[0].task
-        self._labels = [batch["labels"] for batch in batches]
-        self._asked = [backend.answers(batch) for batch in batches]
-        self._said: dict[int, torch.Tensor] = {}
-        self.knows = self._asked[0].knows
-        flat = [targets(labels[..., None], labels, self._task)[1] for labels in self._labels]
-        self.targets = torch.cat([labels[labels != IGNORE] for labels in flat])
-
-    def __len__(self) -> int:
-        return len(self._asked[0])
-
-    def log_probs(self, index: int, rows: torch.Tensor | None = None) -> torch.Tensor:
-        if index not in self._said:
-            pairs = zip(self._asked, self._labels, strict=True)
-            self._said[index] = torch.cat([self._kept(answers.log_probs(index), labels) for answers, labels in pairs])
-        return self._said[index] if rows is None else self._said[index][rows]
-
-    def _kept(self, said: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return what is said (n, classes) where there is something to predict."""
-        flat, wanted = targets(said, labels, self._task)
-        return flat[wanted != IGNORE]
-
-    def labels(self, index: int) -> torch.Tensor:
-        if index in self._said or not self._task.endswith("classification"):
-            return self.log_probs(index).argmax(-1)
-        return torch.cat([answers.labels(index) for answers in self._asked])
-
-    def looks(self) -> torch.Tensor:
-        return torch.cat([answers.looks() for answers in self._asked])
 
 
 __all__ = ["load", "plan", "run"]

@@ -18,14 +18,23 @@ class AveragedStepper(Stepper):
         probabilities:  log p = log sum_i w_i p_i
         logits:         p ~ exp(sum_i w_i log p_i)
 
-    Weights are made to sum to 1; members of weight 0 are never asked.
+    Weights are made to sum to 1; members of weight 0 are never asked. The logits of each member are divided by its
+    temperature, those of the average by `temperature`.
     """
 
-    def __init__(self, members: Sequence[Stepper], weights: Sequence[float], of: Of = "probabilities") -> None:
-        total = sum(weights)
-        chosen = [(member, weight / total) for member, weight in zip(members, weights, strict=True) if weight > 0]
-        self._members = [member for member, _ in chosen]
-        self._weights = torch.tensor([weight for _, weight in chosen])
+    def __init__(
+        self,
+        members: Sequence[Stepper],
+        weights: Sequence[float],
+        of: Of = "probabilities",
+        temperatures: Sequence[float] | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        asked = [index for index, weight in enumerate(weights) if weight > 0]
+        self._members = [members[index] for index in asked]
+        self._weights = torch.tensor([weights[index] / sum(weights) for index in asked])
+        self._temperatures = None if temperatures is None else [temperatures[index] for index in asked]
+        self._temperature = temperature
         self._of = of
 
     @property
@@ -43,7 +52,14 @@ class AveragedStepper(Stepper):
             member.select(rows)
 
     def _average(self, said: list[torch.Tensor]) -> torch.Tensor:
-        return averaged(said, self._weights, self._of)
+        if self._temperatures is not None:
+            said = [warmed(member, each) for member, each in zip(said, self._temperatures, strict=True)]
+        return warmed(averaged(said, self._weights, self._of), self._temperature)
+
+
+def warmed(said: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return log-probabilities at a temperature; those at 1 as they are."""
+    return said if temperature == 1 else (said / temperature).log_softmax(-1)
 
 
 def averaged(said: Sequence[torch.Tensor], weights: torch.Tensor, of: Of) -> torch.Tensor:

@@ -4,7 +4,8 @@
 
 Members stand in the order in which they are asked, the cheapest first. A threshold of 0 never asks the second. With
 `data`, `quality` chooses the lowest threshold whose accuracy on it is at least that share of what the last member
-reaches; the curve of accuracy against calls goes into the metrics.
+reaches. Whenever there is `data`, all members are asked about all of it, and the accuracy and the share of it that goes
+on to each next member are kept for a range of thresholds: `curve.json`, the metrics, the report.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from pydantic import Field
 
 from lfm.method import Access, Needs
 from lfm.reuse.ensemble._contract import Ensemble, Members, State
-
-CURVE = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01)
+from lfm.reuse.ensemble._cost import CostCurve, cost_curve, who_answers
 
 
 class Cascade(Ensemble):
@@ -34,15 +34,15 @@ class Cascade(Ensemble):
         return self.quality is not None
 
     def learn(self, members: Members, labels: torch.Tensor, weights: Sequence[float]) -> State:
-        said = [members.log_probs(index) for index in range(len(members))]
-        sure = torch.stack([part.exp().amax(-1) for part in said])
-        right = torch.stack([(part.argmax(-1) == labels).double() for part in said])
-        tries = sorted({0.0, 1.01, *sure[:-1].quantile(torch.linspace(0, 1, 101, dtype=sure.dtype)).tolist()})
+        sure, right = _sure_and_right(members, labels)
+        tries = sorted({0.0, 1.01, *sure.quantile(torch.linspace(0, 1, 101, dtype=sure.dtype)).tolist()})
         wanted = float(self.quality or 1.0) * float(right[-1].mean())
-        enough = [t for t in tries if float(_answered(right, sure, t)[0]) >= wanted]
-        chosen = min(enough, default=1.01)
-        curve = torch.tensor([(t, *_answered(right, sure, t)) for t in CURVE], dtype=torch.float64)
-        return {"threshold": torch.tensor(chosen, dtype=torch.float64), "curve": curve}
+        accuracy = {t: float(right.gather(0, who_answers(sure, t)[None]).mean()) for t in tries}
+        chosen = min((t for t in tries if accuracy[t] >= wanted), default=1.01)
+        return {"threshold": torch.tensor(chosen, dtype=torch.float64)}
+
+    def curve(self, members: Members, labels: torch.Tensor) -> CostCurve:
+        return cost_curve(*_sure_and_right(members, labels), "accuracy")
 
     def combine(self, members: Members, weights: Sequence[float], state: State) -> torch.Tensor:
         threshold = float(state["threshold"]) if "threshold" in state else self.threshold
@@ -56,10 +56,8 @@ class Cascade(Ensemble):
         return found
 
 
-def _answered(right: torch.Tensor, sure: torch.Tensor, threshold: float) -> tuple[float, float]:
-    """Return the accuracy of a cascade, and the share of examples that go beyond the first member."""
-    last = len(right) - 1
-    who = torch.full((right.shape[1],), last)
-    for index in range(last - 1, -1, -1):
-        who[sure[index] >= threshold] = index
-    return float(right.gather(0, who[None]).mean()), float((who > 0).double().mean())
+def _sure_and_right(members: Members, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how sure each member but the last is (members - 1, n), and whether each is right (members, n)."""
+    said = [members.log_probs(index) for index in range(len(members))]
+    sure = torch.stack([part.exp().amax(-1) for part in said[:-1]])
+    return sure, torch.stack([(part.argmax(-1) == labels).double() for part in said])
