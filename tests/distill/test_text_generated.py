@@ -297,7 +297,7 @@ def test_a_student_learns_more_from_texts_of_the_teacher_than_from_random_tokens
     control = Response(temperature=1.0, alpha=1.0, **shared)
     distill(control, stories, {"layers": 1}, tmp_path / "noise", length=64, data=str(tmp_path / "noise.jsonl"))
     own, random = (held_out_loss(tmp_path / name, tales) for name in ("own", "noise"))
-    assert own < random - 0.5
+    assert own < random - 0.1
 
 
 # --- through an API -------------------------------------------------------------------------------------------------

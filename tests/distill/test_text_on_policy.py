@@ -58,9 +58,9 @@ def test_the_loss_is_that_of_trl(beta, temperature):
 @pytest.mark.parametrize("end", [0.0, 1.0])
 def test_the_limits_are_those_of_the_divergence_over_its_weight(end):
     student, teacher, _ = (part.double() for part in logits())
-    near = abs(end - 1e-4)
+    near = abs(end - 1e-7)
     found = jensen_shannon(teacher, student, beta=near) / (near * (1 - near))
-    assert float(found) == pytest.approx(float(jensen_shannon(teacher, student, beta=end)), rel=5e-3)
+    assert float(found) == pytest.approx(float(jensen_shannon(teacher, student, beta=end)), rel=2e-2)
 
 
 @pytest.mark.parametrize("options", [{"lmbda": 1.0}, {"lmbda": 0.0}, {"lmbda": 0.0, "seq_kd": True, "beta": 1.0}])

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SYLLABLES = ("ka", "lo", "mi", "ne", "ru", "sa", "to", "vi", "du", "pe")
@@ -61,11 +61,12 @@ def sentences(count: int = 60) -> list[str]:
 
 
 def tokenizer(count: int = 60) -> PreTrainedTokenizerFast:
-    """One token for each word, names in pieces of a syllable or two by their words."""
+    """One token for each word or full stop; a name is two. Texts begin with the token that each training text has."""
     words = sorted({word for sentence in sentences(count) for word in sentence.split()})
     vocabulary = {"<end>": 0, "<unknown>": 1, **{word: index + 2 for index, word in enumerate(words)}}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", bos_token="<end>", unk_token="<unknown>")
 
 
@@ -98,7 +99,7 @@ def trained(kind: str = "gpt2", steps: int = 700, seed: int = 0, count: int = 60
             if hasattr(config, name):
                 setattr(config, name, 0.0)
         model = AutoModelForCausalLM.from_config(config)
-        texts = [torch.tensor(ids) for ids in words(sentences(count))["input_ids"]]
+        texts = [torch.tensor(ids[1:]) for ids in words(sentences(count))["input_ids"]]
         optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
         for _ in range(steps):
@@ -166,6 +167,6 @@ def knows(folder: Path, count: int = 60) -> float:
     right = 0
     with torch.no_grad():
         for prompt, answer in asked:
-            ids = torch.tensor([[0, *words(prompt)["input_ids"]]])
+            ids = torch.tensor([words(prompt)["input_ids"]])
             right += int(model(input_ids=ids).logits[0, -1].argmax()) == words.convert_tokens_to_ids(answer)
     return right / len(asked)

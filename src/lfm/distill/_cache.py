@@ -44,7 +44,7 @@ ABOUT, IDS, VALUES, OFFSETS = "about.json", "ids.bin", "log_probs.bin", "offsets
 
 
 def remembered(kept: Kept, inputs: Inputs, context: Context) -> Model:
-    """Return a stand-in for the teacher that answers from the disk; the teacher is loaded where something is missing."""
+    """Return a stand-in for the teacher that answers from the disk; the teacher is loaded where answers are missing."""
     ref = context.resolve(inputs.teacher)
     if ref.is_endpoint or ref.module or ref.ref is None:
         raise RequestError(f"{ref.label}: cache_teacher keeps what a language model in a folder says; leave it out")
@@ -182,17 +182,20 @@ def write_answers(teacher: Model, examples: Examples, key: Mapping[str, Any], fo
     draft = Path(mkdtemp(prefix=f"{folder.name}.", suffix=".draft", dir=folder.parent))
     try:
         offsets = [0]
-        with (draft / IDS).open("wb") as ids, (draft / VALUES).open("wb") as values:
-            with Progress("teacher", len(examples), quiet) as progress:
-                for first in range(0, len(examples), TOGETHER):
-                    batch = examples.batch(range(first, min(first + TOGETHER, len(examples))))
-                    kept = batch["labels"][:, 1:] != IGNORE
-                    said = (teacher.log_probs(batch)[:, :-1][kept] / key["temperature"]).log_softmax(-1)
-                    top = said.topk(key["k"], -1)
-                    ids.write(top.indices.cpu().numpy().astype(narrowest(key["vocabulary"])).tobytes())
-                    values.write(top.values.cpu().numpy().astype("<f2").tobytes())
-                    offsets += [offsets[-1] + count for count in kept.sum(1).cumsum(0).tolist()]
-                    progress.advance(len(kept))
+        with (
+            (draft / IDS).open("wb") as ids,
+            (draft / VALUES).open("wb") as values,
+            Progress("teacher", len(examples), quiet) as progress,
+        ):
+            for first in range(0, len(examples), TOGETHER):
+                batch = examples.batch(range(first, min(first + TOGETHER, len(examples))))
+                kept = batch["labels"][:, 1:] != IGNORE
+                said = teacher.log_probs(batch)[:, :-1].cpu()[kept]
+                top = (said / key["temperature"]).log_softmax(-1).topk(key["k"], -1)
+                ids.write(top.indices.numpy().astype(narrowest(key["vocabulary"])).tobytes())
+                values.write(top.values.numpy().astype("<f2").tobytes())
+                offsets += [offsets[-1] + count for count in kept.sum(1).cumsum(0).tolist()]
+                progress.advance(len(kept))
         np.array(offsets, dtype="<i8").tofile(draft / OFFSETS)
         about = {"key": dict(key), "sha256": _digests(draft)}
         (draft / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

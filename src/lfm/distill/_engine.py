@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from lfm.checkpoint import OutputFolder
-from lfm.distill._contract import BlackBox, DataFree, Inputs, Matching, OnPolicy, Smaller, Written
+from lfm.distill._contract import BlackBox, DataFree, Inputs, Matching, OnPolicy, Read, Smaller, Written
 from lfm.errors import RequestError
 from lfm.method import Access, Data, Method
 from lfm.models.ref import ModelRef
+from lfm.models.shrink import DEPTHS
 from lfm.recipe.step import Context, Outline, StepPlan, StepResult
 
 STATES = 16  # bytes that a weight takes in training: itself, its gradient, two moments
@@ -67,6 +68,8 @@ def _reads_alike(method: Method) -> bool:
 def _teacher_problems(method: Method, teacher: Outline, context: Context) -> list[str]:
     if isinstance(method, (Written, OnPolicy)):
         return _writer_problems(method, teacher)
+    if isinstance(method, Read) and method.folds and _writes_text(teacher):
+        return [f"{teacher.ref.label}: writes text; an output layer is put in place of a classifier's alone (fitnets)"]
     if not isinstance(method, (DataFree, BlackBox)):
         return []
     ref = context.resolve(teacher.ref)
@@ -79,8 +82,7 @@ def _teacher_problems(method: Method, teacher: Outline, context: Context) -> lis
 
 def _writer_problems(method: Written | OnPolicy, teacher: Outline) -> list[str]:
     label = teacher.ref.label
-    names = (teacher.config or {}).get("architectures") or ()
-    if teacher.ref.task not in (None, "causal-lm") or any("Classification" in str(name) for name in names):
+    if not _writes_text(teacher, unless_known=True):
         return [f"{label}: writes no text, and a teacher that does is needed (causal-lm)"]
     if isinstance(method, Written):
         needed = {"logits": Access.LOGITS, "top_k": Access.PROBS}.get(method.answers, Access.LABELS)
@@ -92,9 +94,25 @@ def _writer_problems(method: Written | OnPolicy, teacher: Outline) -> list[str]:
     return []
 
 
+def _writes_text(teacher: Outline, *, unless_known: bool = False) -> bool:
+    """Whether a model writes text, as far as its task and its architecture tell."""
+    names = [str(name) for name in (teacher.config or {}).get("architectures") or ()]
+    if teacher.ref.task is not None:
+        return teacher.ref.task == "causal-lm"
+    if any("Classification" in name for name in names):
+        return False
+    return unless_known or any("CausalLM" in name or "LMHead" in name for name in names)
+
+
 def _smaller_problems(inputs: Inputs, teacher: Outline) -> list[str]:
+    """Return what speaks against a student that is made from the teacher."""
     if teacher.access < Access.WEIGHTS or teacher.ref.is_endpoint or not teacher.config:
         return [f"{teacher.ref.label}: a student is made from a transformers model with its weights; name a student"]
+    asked = inputs.student.layers if isinstance(inputs.student, Smaller) else None
+    count = next((teacher.config[key] for key in DEPTHS if isinstance(teacher.config.get(key), int)), None)
+    most = max(asked) + 1 if isinstance(asked, list) else asked
+    if most is not None and count is not None and most > count:
+        return [f"student: {teacher.ref.label} has {count} layers, and {asked} were asked for"]
     return []
 
 
@@ -106,7 +124,7 @@ def _tokenizer_problems(teacher: Outline, student: Outline) -> list[str]:
     differ = sum(one.get(token) != index for token, index in other.items())
     return [
         f"teacher and student have different tokenizers ({differ:,} of {len(other):,} tokens differ); "
-        "choose a student with the teacher's, or a method that crosses tokenizers (`distill: uld`)"
+        "choose a student with the teacher's, or teach it by text (`distill: sequence`)"
     ]
 
 

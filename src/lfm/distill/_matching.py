@@ -119,6 +119,7 @@ def _generations(
 
 def _keep(student: Model, log: Log, place: Path, done: Path) -> None:
     """Write a student that is taught, the weights last and at once."""
+    place.parent.mkdir(parents=True, exist_ok=True)
     place.with_suffix(".json").write_text(json.dumps({"steps": log.steps, "validations": log.validations}))
     draft = place.with_suffix(".draft")
     tensors = unique_tensors(student.module)

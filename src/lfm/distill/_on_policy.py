@@ -37,7 +37,7 @@ def learn_on_policy(method: OnPolicy, inputs: Inputs, context: Context, folder: 
         raise RequestError(f"{student.label}: has another tokenizer than the teacher; give it the same")
     pair = Pair(method, teacher, student)
     prompts = Prompts(rows, student, method.prompt_tokens, inputs.length)
-    if not prompts.whole and {method.author(chance / 16) for chance in range(17)} & {"data"}:
+    if not prompts.whole and method.author(math.nextafter(1.0, 0.0)) == "data":
         raise RequestError(f"{rows.origin}: has prompts without completions to learn from; set lmbda to 1, or seq_kd")
     source = Mixed(method, prompts, teacher, student, context.seed)
     per_epoch = math.ceil(len(prompts) / (method.batch_size * method.accumulate))

@@ -30,8 +30,8 @@ class Response(Matching):
     top_k: int | None = Field(None, ge=1, description="Use the teacher's likeliest classes, and one for all others.")
     cache_teacher: bool = Field(
         False,
-        description="Keep a language model's likeliest tokens (`top_k`, or 64) for this data on disk, computed once for "
-        "all students, and train without the teacher in memory.",
+        description="Keep a language model's likeliest tokens (`top_k`, or 64) for this data on disk, computed once "
+        "for all students, and train without the teacher in memory.",
     )
 
     def kept(self) -> Kept | None:

@@ -25,8 +25,10 @@ class Guard(BaseModel):
     mode: Literal["off", "refuse", "shrink"] = Field(
         "refuse", description="Whether updates that go too far are left out, or tried again at half the size."
     )
-    norm: float = Field(0.5, gt=0, description="Largest |change| / |matrix|.")
-    spectrum: float = Field(2.0, gt=1, description="Largest growth of a matrix's largest singular value, all in all.")
+    norm: float | None = Field(None, gt=0, description="Largest |change| / |matrix|; noted, but no limit, if left out.")
+    spectrum: float | None = Field(
+        None, gt=1, description="Largest growth of a matrix's largest singular value, all in all; no limit if left out."
+    )
     perplexity: float = Field(1.2, gt=1, description="Largest growth of the perplexity on text that the model made up.")
     retention: float = Field(0.9, ge=0, le=1, description="Share of earlier edits in force that have to stay so.")
 

@@ -6,6 +6,7 @@ An update that goes too far is refused, or tried again at half the size; the mod
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from lfm.models.samples import sampled_tokens
 
 RETENTION = "retention.json"  # of an edited folder: which edits were in force after which update
 HEAT_MAPS = "heat_maps.json"  # pictures of it for the report
-CANARIES, LENGTH = 16, 64  # texts that the model makes up, and tokens of each
+CANARIES, LENGTH = 32, 32  # texts that the model makes up, and tokens of each
 HALVINGS = 3
 CELLS = 24  # rows and columns of the picture at most
 OVERLAP = 0.5  # cosine of two keys, under C^-1, from which edits get in each other's way
@@ -47,9 +48,11 @@ class Look:
     def against(self, guard: Guard) -> list[str]:
         """Return what speaks against it; the comparisons are such that what is no number is refused."""
         found = []
-        if not self.norm <= guard.norm:
+        if not math.isfinite(self.norm):
+            found.append("makes a matrix infinite")
+        elif guard.norm is not None and self.norm > guard.norm:
             found.append(f"moves a matrix by {self.norm:.3g} of its length (limit {guard.norm:g})")
-        if not self.spectrum <= guard.spectrum:
+        if guard.spectrum is not None and not self.spectrum <= guard.spectrum:
             found.append(f"largest singular value x{self.spectrum:.3g} (limit {guard.spectrum:g})")
         if not self.perplexity <= guard.perplexity:
             found.append(f"perplexity of other text x{self.perplexity:.3g} (limit {guard.perplexity:g})")
@@ -194,7 +197,7 @@ def _bare(request: Request) -> Request:
 
 def _rounded(value: float) -> float | None:
     """Return four significant digits; None for what JSON has no number for."""
-    return float(f"{value:.4g}") if abs(value) < float("inf") else None
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def _scaled(changes: Mapping[str, Change], factor: float) -> dict[str, Change]:

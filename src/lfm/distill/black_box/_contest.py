@@ -45,7 +45,9 @@ class Contest(Stored):
     """Turns of a generator that widens the gap between teacher and student, and a student that closes it.
 
     The generator's gradient is that of `estimate_rows` at its output before the range of pixels is applied, so that
-    what is asked about is always an image. It moves only where the queries left are enough for all of its steps.
+    what is asked about is always an image. It moves only where the queries left are enough for all of its steps. It
+    ends in a batch norm that is cut to the range of pixels (the papers' in tanh): images without contrast teach little,
+    and behind a sigmoid `dfme` taught 36 % of digits in place of 92.
     """
 
     def __init__(self, inquiry: Inquiry, rules: Rules, gap: Gap, rate: float) -> None:

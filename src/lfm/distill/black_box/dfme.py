@@ -5,9 +5,9 @@
 
 The student minimises L, the generator maximises it through g, which is taken before its output is brought into the
 range of pixels. One step of the generator and five of the student ask batch (m + 1 + 5) times; the paper spends 20
-million queries. Unlike the paper, the student takes AdamW with a cosine in place of SGD with steps, and where `steps`
-are more than the queries pay for, it goes on learning from stored answers. Steps of mu vanish where a teacher takes
-images of 8 bits, as endpoints do: there mu has to be 0.05 and more.
+million queries. Unlike in the paper, the student takes AdamW with a cosine in place of SGD with steps, and where
+`steps` are more than the queries pay for, it goes on learning from stored answers. Steps of mu vanish where a teacher
+takes images of 8 bits, as endpoints do: there mu has to be 0.05 and more.
 """
 
 import torch

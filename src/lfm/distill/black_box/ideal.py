@@ -4,8 +4,8 @@
 
 The generator makes images that the student takes for given classes, all of them equally often; its gradient passes
 through the student, so that it costs no queries. Every image is asked about once and stored; the student learns from
-the store. A label is enough of an answer. The generator begins anew for every batch that is asked about: one that goes
-on repeats itself.
+the store. A label is enough of an answer. The generator begins anew for every batch that is asked about, so that no
+batch repeats another (`fresh`). Steps, rates and weights are ours, found on digits, not the paper's.
 """
 
 import torch

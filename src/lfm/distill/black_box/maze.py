@@ -5,7 +5,7 @@
 
 The student minimises L, the generator maximises it through g, which is taken before its output is brought into the
 range of pixels. A turn is one step of the generator, five of the student on new images, ten on stored ones, and asks
-batch (m + 1 + 5) times. Unlike the paper, the student takes AdamW with a cosine in place of SGD, and the generator
+batch (m + 1 + 5) times. Unlike in the paper, the student takes AdamW with a cosine in place of SGD, and the generator
 Adam: SGD with the paper's rate of 1e-4 hardly moves it within a few hundred turns. As for `dfme`, a teacher that takes
 images of 8 bits needs a larger mu.
 """

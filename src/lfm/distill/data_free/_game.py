@@ -38,7 +38,8 @@ class Game(Synthesiser):
         self._generator = generator.to(scene.device)
         self.modules["generator"] = self._generator
         self.optimisers["generator"] = torch.optim.Adam(self._generator.parameters(), rules.rate, betas=(0.5, 0.999))
-        self.tensors["bank"] = torch.empty((0, *scene.space.shape), device=scene.device)
+        self.tensors["bank"] = torch.zeros((rules.bank, *scene.space.shape), device=scene.device)
+        self.tensors["kept"] = torch.tensor(0)  # images so far; the newest take the place of the oldest
 
     def images(self, step: int) -> torch.Tensor:
         rules, size = self._rules, self._scene.batch_size
@@ -49,19 +50,24 @@ class Game(Synthesiser):
             fresh = self._made(size)
         old = self.earlier(int(rules.replay * size))
         if not place and rules.bank:
-            self.tensors["bank"] = torch.cat([self.tensors["bank"], fresh])[-rules.bank :]
+            self._keep(fresh[: rules.bank])
         return moved(torch.cat([fresh[: size - len(old)], old]), rules.shift, rules.flip)
 
     def earlier(self, count: int) -> torch.Tensor:
         """Return so many images of earlier turns; none before the second."""
-        bank = self.tensors["bank"]
-        if not len(bank):
-            return bank
-        return bank[torch.randint(len(bank), (count,)).to(bank.device)]
+        bank: torch.Tensor = self.tensors["bank"]
+        held = min(int(self.tensors["kept"]), len(bank))
+        return bank[torch.randint(held, (count,)).to(bank.device)] if held else bank[:0]
+
+    def _keep(self, images: torch.Tensor) -> None:
+        places = (self.tensors["kept"] + torch.arange(len(images))) % self._rules.bank
+        self.tensors["bank"][places.to(images.device)] = images
+        self.tensors["kept"] = self.tensors["kept"] + len(images)
 
     def samples(self, count: int) -> torch.Tensor:
         with torch.no_grad():
-            return self._made(max(count, 2))[:count]
+            made: torch.Tensor = self._made(max(count, 2))  # a batch norm takes two
+        return made[:count]
 
     def _made(self, count: int) -> torch.Tensor:
         images: torch.Tensor = self._generator(latents(count, self._generator, self._scene.device))
@@ -70,4 +76,5 @@ class Game(Synthesiser):
 
 def imbalance(said: torch.Tensor) -> torch.Tensor:
     """Return the negative entropy of the mean probabilities of a batch of logits: least when classes are alike."""
-    return -torch.special.entr(said.softmax(1).mean(0)).sum()
+    entropy: torch.Tensor = torch.special.entr(said.softmax(1).mean(0)).sum()
+    return -entropy

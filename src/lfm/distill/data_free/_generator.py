@@ -47,10 +47,9 @@ class Generator(nn.Module):
         x = self.first(self.project(z).view(len(z), self.width, *self.sizes[0]))
         for conv, norm, size in zip(self.convs, self.norms, self.sizes[1:], strict=False):
             x = functional.leaky_relu(norm(conv(functional.interpolate(x, size=size))), 0.2)
-        x = self.convs[-1](x)
-        if self.end == "free":
-            return x
-        found: torch.Tensor = self.last(x.tanh() if self.end == "norm" else x)
+        found: torch.Tensor = self.convs[-1](x)
+        if self.end != "free":
+            found = self.last(found.tanh() if self.end == "norm" else found)
         return found
 
     def image(self, raw: torch.Tensor) -> torch.Tensor:

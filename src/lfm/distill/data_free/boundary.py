@@ -7,6 +7,8 @@ The noise spreads images along the boundary. No weights and no layers of the tea
 kind.
 """
 
+from functools import partial
+
 import torch
 from pydantic import Field
 from torch.nn import functional
@@ -48,9 +50,8 @@ class _Walk:
         optimiser = torch.optim.Adam([images], method.walk_rate)
         for step in range(method.walk_steps):
             partner = torch.randperm(len(images)).to(scene.device)
-            images.grad = scene.teacher.input_gradients(
-                {PIXELS: images.detach()}, lambda said, partner=partner: self._loss(said, classes, partner)
-            )
+            loss = partial(self._loss, classes=classes, partner=partner)
+            images.grad = scene.teacher.input_gradients({PIXELS: images.detach()}, loss)
             if method.tv:
                 [towards] = torch.autograd.grad(method.tv * variation(images), [images])
                 images.grad += towards

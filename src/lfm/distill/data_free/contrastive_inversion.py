@@ -5,6 +5,8 @@ L_cr: of an image, a view of the whole and one of a part; -log softmax(cos / tau
       those of a bank of earlier images included; of channel means at every batch norm, through a small network
 """
 
+from typing import Any
+
 import torch
 from pydantic import Field
 from torch import nn
@@ -75,10 +77,11 @@ class _Contrasted(Pool):
         generator = Generator(scene.space, method.latent, method.width, end="free").to(scene.device)
         z = latents(method.round_size, generator, scene.device).requires_grad_()
         classes = balanced_classes(method.round_size, scene.classes).to(scene.device)
-        groups = [{"params": list(generator.parameters())}, {"params": [z], "lr": method.latent_rate}]
+        own = list(generator.parameters())
+        groups: list[dict[str, Any]] = [{"params": own}, {"params": [z], "lr": method.latent_rate}]
         optimiser = torch.optim.Adam(groups, method.generator_rate, betas=(0.5, 0.999))
         for _ in range(method.inversion_steps):
-            images = generator(z)
+            images: torch.Tensor = generator(z)
             loss, features = self._loss(images, classes, number)
             descend(loss, optimiser, self.optimisers["head"])  # it learns to tell apart, they to be told apart
         for view, found in zip(VIEWS, features, strict=True):

@@ -9,7 +9,7 @@ student learns from a random choice of all images so far.
 """
 
 from copy import deepcopy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -85,9 +85,10 @@ class _MetaGenerated(Pool):
         copy = deepcopy(self._generator)
         z = latents(method.round_size, copy, scene.device).requires_grad_()
         classes = balanced_classes(method.round_size, scene.classes).to(scene.device)
-        groups = [{"params": list(copy.parameters())}, {"params": [z], "lr": method.latent_rate}]
+        groups: list[dict[str, Any]] = [{"params": list(copy.parameters())}, {"params": [z], "lr": method.latent_rate}]
         inner = torch.optim.Adam(groups, method.generator_rate, betas=(0.5, 0.999))
-        losses, made = [], []
+        losses: list[float] = []
+        made: list[torch.Tensor] = []
         for _ in range(method.inner_steps):
             made.append(copy(z))
             loss = self._loss(moved(made[-1], method.shift, method.flip), classes, number)

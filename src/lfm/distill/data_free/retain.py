@@ -7,6 +7,8 @@ The second term is measured after a step on the first, and its gradient goes thr
 falls where both pull the same way. The memory is a bank of earlier images.
 """
 
+from collections.abc import Mapping
+
 import torch
 from pydantic import Field
 from torch import nn
@@ -63,7 +65,7 @@ class _Retained(Game):
         }
         return {"retain": self._method.retain * self._lesson(student, ahead, earlier)}
 
-    def _lesson(self, student: nn.Module, weights: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    def _lesson(self, student: nn.Module, weights: Mapping[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
         """Return the student's loss on images with these weights; its statistics stay as they are."""
         buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
         said = functional_call(student, {**weights, **buffers}, (images,))

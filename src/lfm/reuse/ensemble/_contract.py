@@ -29,7 +29,9 @@ State = dict[str, "torch.Tensor"]  # what a method has learned
 class Inputs(method.Inputs):
     """The members of an ensemble, and examples to learn from how to join them."""
 
-    models: list[ModelRef] = Field(description="The members: folders, hub names, endpoints, other ensembles.")
+    models: list[ModelRef] = Field(
+        description="The members: folders, hub names, endpoints, other ensembles; or the one model to train into them."
+    )
     base: ModelRef | None = Field(None, description="The model that the members were tuned from.")
     weights: list[float] | None = Field(None, description="One for each member, 0 or more; equal if left out.")
     data: DataSpec | None = Field(

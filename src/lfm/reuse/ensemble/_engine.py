@@ -27,7 +27,7 @@ from lfm.reuse.ensemble._contract import (
     TunedEnsemble,
 )
 from lfm.reuse.ensemble._joined import Joined
-from lfm.reuse.ensemble._learning import Learned, from_data, from_own_text, from_prompts
+from lfm.reuse.ensemble._learning import Learned, from_data, from_own_text, from_prompts, prompts_of
 from lfm.reuse.ensemble._members import MEMBERS
 from lfm.reuse.ensemble._trained import request_problems, several_in_one, size_of, train
 from lfm.reuse.ensemble.average import Average
@@ -51,6 +51,8 @@ def plan(method: Joining, inputs: Inputs, context: Context) -> StepPlan:
     if inputs.data is not None:
         try:
             rows = context.rows(inputs.data)
+            if isinstance(method, TextEnsemble) and method.measures:
+                prompts_of(rows)
         except RequestError as error:
             problems += [f"data: {problem}" for problem in error.problems]
     if isinstance(method, TrainedEnsemble):
@@ -59,6 +61,8 @@ def plan(method: Joining, inputs: Inputs, context: Context) -> StepPlan:
         outlines = context.outlines(_all_models(inputs))
     except RequestError as error:
         raise RequestError(*problems, *error.problems) from None
+    if not inputs.models:
+        raise RequestError(*problems)
     if isinstance(method, (Ensemble, TextEnsemble)):
         last = outlines[-len(inputs.models) :]
         offered = [_offered(ref, outline, context) for ref, outline in zip(inputs.models, last, strict=True)]

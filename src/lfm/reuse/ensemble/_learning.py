@@ -63,14 +63,19 @@ def _told(state: State, members: Sequence[Model]) -> Iterator[tuple[str, float]]
 
 
 def from_prompts(method: TextEnsemble, members: Sequence[Model], rows: Rows) -> Learned:
-    """Return what it costs to answer prompts: those of the rows, or their texts where they have none."""
+    """Return what it costs to answer prompts."""
+    return Learned(curve=method.curve(members, prompts_of(rows)))
+
+
+def prompts_of(rows: Rows) -> list[str]:
+    """Return the prompts of rows, or their texts where they have none. Raises RequestError where they have neither."""
     column = next((name for name in ("prompt", "text") if name in rows.columns), None)
     if column is None:
         raise RequestError(
-            f"{rows.origin}: {type(method).__name__} takes the column prompt, or text; these rows have "
-            f"{', '.join(rows.columns)}. Name it with `columns: {{prompt: theirs}}`"
+            f"{rows.origin}: takes the column prompt, or text; these rows have {', '.join(rows.columns)}. "
+            "Name it with `columns: {prompt: theirs}`"
         )
-    return Learned(curve=method.curve(members, [str(text) for text in rows.columns[column]]))
+    return [str(text) for text in rows.columns[column]]
 
 
 # --- text of one's own ----------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
     p = 1/M sum_i p(. | x; W_i)
 
 A member costs one vector for the inputs of a layer, one for its outputs, and biases, where a model costs a matrix; all
-members answer in one pass of M times the batch. From scratch let the vectors be random signs, as in the paper
-(`start: signs`). A model that is trained already would be broken by that: draw them around 1 (`start: normal`).
+members answer in one pass of M times the batch. Vectors are drawn around 1, or are random signs (`start: signs`), for
+long runs from scratch: members differ more then, and a model that was trained before is broken by them.
 
 Norms, embeddings and whatever else is no matrix are shared. A member adds b o s_i + c_i, with c_i = 0 at the start.
 """
