@@ -237,8 +237,9 @@ def ensemble(
 ) -> Model:
     """Join models by what they answer, into the new folder `out`, and return a handle on it; `method` as for `merge`.
 
-    `data` are labelled examples that no member was trained on, for methods that learn and for `calibrate`; `base` is
-    what the models were tuned from, for methods that ask for it.
+    `data` are labelled examples that no member was trained on, for methods that learn how to join and for `calibrate`,
+    or what members are trained on by methods that make them; `base` is what the models were tuned from, for methods
+    that ask for it.
     """
     keys = {
         "models": [_plain(model) for model in models],

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 from tests.edit import world
 
+from lfm.api import apply
+from lfm.checkpoint import open_checkpoint
 from lfm.cli import main
 
 
@@ -148,33 +151,25 @@ def test_plan_tells_what_is_said_now_and_changes_nothing(made, lfm):
     assert sorted(out.parent.rglob("*")) == before
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of PEFT with newer transformers
 def test_a_patch_is_exported_for_peft_and_loads_there(made, lfm, tmp_path):
     model, _, out = made
     place = out / "patches" / ids_of(out)[0][:12]
     code, told, _ = lfm("edit", "export", place, "-o", tmp_path / "adapter")
     assert (code, told.strip()) == (0, str(tmp_path / "adapter"))
-    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-
-    from lfm.api import apply
 
     patched = apply(model, [place], out=tmp_path / "one")
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "adapter")
     merged = adapted.merge_and_unload().state_dict()
     name = "transformer.h.2.mlp.c_proj.weight"
     assert torch.allclose(merged[name], patched.tensor(name), atol=1e-5)
-    assert not torch.equal(merged[name], lfm_tensor(model, name))
-
-
-def lfm_tensor(model, name):
-    from lfm.checkpoint import open_checkpoint
-
-    return open_checkpoint(model).tensor(name)
+    assert not torch.allclose(merged[name], open_checkpoint(model).tensor(name), atol=1e-5)
 
 
 def test_a_dry_run_of_an_edit_tells_conflicts(made, lfm, tmp_path):
-    model, _, out = made
+    model, _, _ = made
     rows = [
         {"prompt": "Kalo Mine speaks", "target": "Tongue1", "subject": "Kalo Mine"},
         {"prompt": "Kalo Mine plays the", "target": "Tool1", "subject": "Kalo Mine"},
@@ -184,5 +179,3 @@ def test_a_dry_run_of_an_edit_tells_conflicts(made, lfm, tmp_path):
     code, _, err = lfm("edit", "memit", model, "--requests", file, "-n", "-o", tmp_path / "x")
     assert code == 0
     assert "1 subject with several edits: 'Kalo Mine' (2)" in err
-    home = json.loads((out / "patches.json").read_text())
-    assert home["base"]["digest"]

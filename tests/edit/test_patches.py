@@ -91,7 +91,7 @@ def test_what_holds_no_change_is_linked_and_takes_no_space(base, tmp_path):
     place = tmp_path / "patch"
     low_rank(base, 0, layer=1).save(place)
     made = lfm.apply(base, [place], out=tmp_path / "out")
-    same = {path.name: os.path.samefile(path, base / path.name) for path in (tmp_path / "out").glob("*.safetensors")}
+    same = {path.name: path.samefile(base / path.name) for path in (tmp_path / "out").glob("*.safetensors")}
     assert same == {
         "model-00001-of-00003.safetensors": True,
         "model-00002-of-00003.safetensors": True,
@@ -119,7 +119,7 @@ def test_files_are_copied_where_they_cannot_be_linked(base, tmp_path, monkeypatc
     lfm.apply(base, [place], out=tmp_path / "copied")
     assert files(tmp_path / "linked") == files(tmp_path / "copied")
     first = "model-00001-of-00003.safetensors"
-    assert not os.path.samefile(tmp_path / "copied" / first, base / first)
+    assert not (tmp_path / "copied" / first).samefile(base / first)
 
 
 def test_the_digest_of_a_base_is_not_computed_anew_after_it_was_linked(base, tmp_path, monkeypatch):

@@ -57,4 +57,4 @@ def test_two_networks_are_likelier_than_either_and_a_cascade_asks_the_large_one_
     assert accuracy["cascade"] > min(accuracy["resnet20"], accuracy["resnet56"]) - 1
     metrics = json.loads((tmp_path / "cascade" / "lineage.json").read_text())["metrics"]
     assert 0 < metrics["threshold"] < 1
-    assert metrics["share beyond the first at threshold 0.9"] < 0.5
+    assert metrics[f"share asked of {networks['resnet56']['ref']} at threshold 0.9"] < 0.5

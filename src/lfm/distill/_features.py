@@ -37,9 +37,9 @@ def same_places(teacher: torch.Tensor, student: torch.Tensor) -> tuple[torch.Ten
             "choose other layers, or match what output layers read (rkd, crd)"
         )
     if teacher.ndim == 4:
-        size = [min(pair) for pair in zip(teacher.shape[2:], student.shape[2:], strict=True)]
+        size = min(teacher.shape[2], student.shape[2]), min(teacher.shape[3], student.shape[3])
         teacher, student = (
-            state if list(state.shape[2:]) == size else functional.adaptive_avg_pool2d(state, size)
+            state if tuple(state.shape[2:]) == size else functional.adaptive_avg_pool2d(state, size)
             for state in (teacher, student)
         )
     elif teacher.shape[1:-1] != student.shape[1:-1]:
@@ -61,12 +61,12 @@ def width(shape: Sequence[int]) -> int:
 
 def projections(teacher: Sequence[tuple[int, ...]], student: Sequence[tuple[int, ...]]) -> nn.Module:
     """Return a linear map for each pair from the student's width to the teacher's, at first nothing but a copy."""
-    maps = nn.ModuleList(nn.Linear(width(ours), width(theirs)) for theirs, ours in zip(teacher, student, strict=True))
+    maps = [nn.Linear(width(ours), width(theirs)) for theirs, ours in zip(teacher, student, strict=True)]
     for one in maps:
         if one.in_features == one.out_features:
             nn.init.eye_(one.weight)
             nn.init.zeros_(one.bias)
-    return maps
+    return nn.ModuleList(maps)
 
 
 def regression(taught: Taught) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
     L = L_answers + weight mean_l || a_l(student) - a_l(teacher) ||^2,   a = v / ||v||,  v = mean_channels(h^2)
 
-Needs no map between widths. The paper has a weight of 1000 for the mean
-over places: as much as 16 here, of the 8 x 8 places of its last maps. Padding takes no part; of images of two sizes the larger is averaged down first.
+Needs no map between widths. The paper has a weight of 1000 for the mean over places: as much as 16 here, of the 8 x 8
+places of its last maps. Padding takes no part; of images of two sizes the larger is averaged down first.
 """
 
 import torch

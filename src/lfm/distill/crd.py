@@ -44,12 +44,17 @@ class Crd(Read):
 class _Contrast(nn.Module):
     """The maps into a common space, and the memory, which is saved with the run."""
 
+    memory: torch.Tensor  # (2, memory, size), of the teacher and of the student
+    labels: torch.Tensor
+    place: torch.Tensor
+    means: torch.Tensor
+
     def __init__(self, teacher: int, student: int, method: Crd) -> None:
         super().__init__()
         self.tau = method.tau
         self.maps = nn.ModuleList([nn.Linear(teacher, method.size), nn.Linear(student, method.size)])
-        memory = functional.normalize(torch.randn(2, method.memory, method.size), dim=-1)
-        self.register_buffer("memory", memory)  # of the teacher, of the student
+        drawn = torch.randn(2, method.memory, method.size)
+        self.register_buffer("memory", functional.normalize(drawn, dim=-1))
         self.register_buffer("labels", torch.full((method.memory,), NONE))
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))
         self.register_buffer("means", torch.zeros(2))

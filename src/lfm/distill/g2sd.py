@@ -1,6 +1,6 @@
 """Match hidden states first, which is knowledge of any task, and then the answers to one: two stages in one run.
 
-    L = mean_l || W_l h_l(student) + b_l - h_l(teacher) ||^2 / width     in the first share of the steps (`generic`)
+    L = weight mean_l || W_l h_l(student) + b_l - h_l(teacher) ||^2 / width     in the first share of steps (`generic`)
     L = alpha T^2 KL(teacher || student) + (1 - alpha) CE(y, s)          in the rest
 
 The paper's first stage has a self-supervised teacher, before it was tuned, and other images: that is one step of a
@@ -24,6 +24,7 @@ class G2sd(Inside):
     paper = "https://arxiv.org/abs/2302.14771"
 
     generic: float = Field(0.5, ge=0, le=1, description="Share of the steps in which hidden states are matched.")
+    weight: float = Field(100.0, ge=0, description="Weight of the hidden states, for gradients of about one size.")
     layers: Literal["last", "all"] | dict[int, int] = Field(
         "all", description="Which layers are matched, as in `fitnets`."
     )
@@ -33,5 +34,5 @@ class G2sd(Inside):
 
     def terms(self, taught: Taught) -> Terms:
         if taught.progress < self.generic:
-            return {"hidden": regression(taught)}
+            return {"hidden": self.weight * regression(taught)}
         return self.answers(taught)

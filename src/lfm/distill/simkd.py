@@ -32,6 +32,7 @@ class Simkd(Read):
     def head(self, extras: nn.Module, teacher: nn.Linear) -> nn.Linear:
         assert isinstance(extras, nn.ModuleList)
         projection = extras[0]
+        assert isinstance(projection, nn.Linear)
         made = nn.Linear(projection.in_features, teacher.out_features)
         with torch.no_grad():
             made.weight.copy_(teacher.weight @ projection.weight)

@@ -100,7 +100,7 @@ def _narrow(config: Any, width: float) -> None:
         raise RequestError("width: its config does not say hidden_size and num_attention_heads; name a student instead")
     groups = getattr(config, "num_key_value_heads", None) or heads
     kept = max(1, round(groups * width))
-    changes = {"num_attention_heads": heads // groups * kept, "hidden_size": hidden * kept // groups}
+    changes: dict[str, Any] = {"num_attention_heads": heads // groups * kept, "hidden_size": hidden * kept // groups}
     for key, value in (("num_key_value_heads", kept), ("head_dim", getattr(config, "head_dim", None))):
         if getattr(config, key, None) is not None:
             changes[key] = value
@@ -117,8 +117,8 @@ def _taken(module: Any, blocks: Sequence[Block], names: Sequence[str], smaller: 
     places = {f"{names[place]}.": f"{block.name}." for place, block in enumerate(blocks)}
     source = {}
     for name in shapes:
-        place = next((place for place in places if name.startswith(place)), None)
-        source[name] = name if place is None else places[place] + name.removeprefix(place)
+        start = next((start for start in places if name.startswith(start)), None)
+        source[name] = name if start is None else places[start] + name.removeprefix(start)
     if all(shape == state[source[name]].shape for name, shape in shapes.items()):
         return {name: state[source[name]] for name in shapes}
     cut = _Cut(state, blocks, module.config, smaller.config)

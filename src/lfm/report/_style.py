@@ -35,9 +35,9 @@ border-top:1px solid var(--ink)}
 h3{font-size:1rem;margin-bottom:.5rem}
 section{margin-top:3.2rem}
 article+article,figure+figure{margin-top:2.4rem}
-.grid img.samples{image-rendering:pixelated;max-width:100%;min-width:min(100%,20rem);border:1px solid var(--line)}
+img.samples{image-rendering:pixelated;max-width:100%;min-width:min(100%,20rem);border:1px solid var(--line)}
 ol.samples{font-size:.9rem;max-width:46rem;overflow-wrap:anywhere}
-figure{margin:0}
+.grid figure{margin:0}
 figure{margin:0;min-width:0;break-inside:avoid}
 a{color:var(--accent);text-underline-offset:.15em;text-decoration-thickness:1px}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px}

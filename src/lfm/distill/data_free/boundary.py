@@ -5,6 +5,9 @@
 
 The noise spreads images along the boundary. No weights and no layers of the teacher are looked at, so it may be of any
 kind.
+
+It starts from smooth noise and takes steps of Adam, so that one rate suits all teachers. On digits (8 x 8 pixels) 2,048
+images and 800 steps teach 84 % (one seed), less than noise, which teaches 94 % in 1,200 and asks for no gradient.
 """
 
 from functools import partial

@@ -1,8 +1,11 @@
 """Invert the teacher through a new generator each round, with images that differ from all that were made before.
 
-batch_norm R_bn + one_hot CE(T(x), y) + adversarial L_adv (see meta_generator) + contrast L_cr
-L_cr: of an image, a view of the whole and one of a part; -log softmax(cos / tau) of the two among all others,
-      those of a bank of earlier images included; of channel means at every batch norm, through a small network
+    batch_norm R_bn + one_hot CE(T(x), y) + adversarial L_adv (see meta_generator) + contrast L_cr
+    L_cr: of an image, a view of the whole and one of a part; -log softmax(cos / tau) of the two among all others,
+          those of a bank of earlier images included; of channel means at every batch norm, through a small network
+
+Fewer and larger steps than the paper's, all images are moved and cut alike. On digits (8 x 8 pixels) 1,024 images and
+800 steps teach 95 % (one seed): no more than noise, which teaches 94 % in 1,200; plain inversion teaches more.
 """
 
 from typing import Any

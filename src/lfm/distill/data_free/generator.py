@@ -1,8 +1,10 @@
 """A generator learns to make images of which the teacher is sure, of all classes alike, and its features strong.
 
-G: one_hot CE(T(x), argmax T(x)) - activation mean |f_T(x)| - balance H(mean softmax T(x)) + batch_norm R_bn
-x = G(z);   f_T: what the teacher's output layer reads
+    G: one_hot CE(T(x), argmax T(x)) - activation mean |f_T(x)| - balance H(mean softmax T(x)) + batch_norm R_bn
+    x = G(z);   f_T: what the teacher's output layer reads
 
+The first paper has no batch norms here, no replay, and a rate of 0.2 with batches of 512. On digits (8 x 8 pixels) 800
+steps without batch norms teach 69 % (one seed), far less than noise, which teaches 94 % in 1,200.
 """
 
 import torch

@@ -4,6 +4,9 @@
     y ~ Dirichlet(concentration C_k) for each class k;   x = argmin CE(y, softmax(T(x) / inversion_temperature))
 
 It takes no batch norms, and no more than the output layer's weights and gradients.
+
+On digits (8 x 8 pixels) 1,024 images and 800 steps teach 74 % (one seed), less than noise, which teaches 94 % in 1,200;
+the paper makes 40,000 images of CIFAR-10, of 1,500 steps each.
 """
 
 import torch

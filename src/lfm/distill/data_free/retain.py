@@ -5,6 +5,8 @@
 
 The second term is measured after a step on the first, and its gradient goes through that step (second derivatives): it
 falls where both pull the same way. The memory is a bank of earlier images.
+
+On digits (8 x 8 pixels) 600 steps teach 89 % (one seed); noise teaches 94 % in 1,200, in a third of the time.
 """
 
 from collections.abc import Mapping
