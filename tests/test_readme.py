@@ -87,7 +87,7 @@ def test_the_make_commands_of_the_readme_exist():
     assert set(re.findall(r"^make (\w+)", README, re.MULTILINE)) <= set(targets)
 
 
-@pytest.mark.parametrize("page", ["docs/recipes.md", "docs/models.md", "docs/merging.md"])
+@pytest.mark.parametrize("page", ["docs/recipes.md", "docs/models.md", "docs/merging.md", "docs/editing.md"])
 def test_yaml_in_the_guide_is_a_right_recipe(page):
     from lfm.recipe._yaml import parse_yaml
     from lfm.recipe.schema import check_recipe

@@ -49,7 +49,7 @@ RUNS: dict[str, dict] = {
     "impressions": {**ROUNDS, "inversion_steps": 2},
     "boundary": {**ROUNDS, "walk_steps": 2, "tv": 1e-3},
     "adversarial": {"turn": 2, "one_hot": 1.0, "balance": 1.0},
-    "generator": {"turn": 2, "batch_norm": 1.0},
+    "generator": {"turn": 2},
     "retain": {"turn": 2},
 }
 

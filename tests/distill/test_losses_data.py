@@ -106,6 +106,7 @@ def test_dkd_is_the_papers_formula_written_slowly():
     assert float(found["labels"]) == pytest.approx(0.5 * float(F.cross_entropy(student, labels)))
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor")
 def test_dkd_stays_finite_where_the_teacher_is_sure_and_takes_its_choice_without_labels():
     teacher = torch.zeros(2, 4)
     teacher[:, 1] = 200.0
@@ -186,6 +187,7 @@ def test_the_estimate_of_the_affinity_tends_to_the_exact_value():
 @pytest.mark.parametrize(
     "method", [Fitnets(), AttentionTransfer(), Similarity(), Affinity(), G2sd(), Simkd(), Rkd(), BornAgain(), Mutual()]
 )
+@torch.no_grad()
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(method, shape):
     if (isinstance(method, AttentionTransfer) and len(shape) == 2) or (isinstance(method, Rkd) and len(shape) > 2):
         return
@@ -196,6 +198,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(method, shape):
         assert float(sum(found.values())) == pytest.approx(0, abs=1e-5)
 
 
+@torch.no_grad()
 def test_padding_takes_no_part():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
     teacher, student = logits(1, 2, 3, 8), logits(2, 2, 3, 8)
@@ -232,7 +235,7 @@ def test_shapes_that_cannot_be_matched_are_refused():
 
 
 def test_the_memory_holds_the_latest_and_leaves_out_the_same_label():
-    method = Crd(memory=8, size=4)
+    method = Crd(negatives=8, size=4)
     torch.manual_seed(0)
     extras = method.connectors([(5,)], [(3,)])
     labels = torch.tensor([0, 1, 2, 0, 1, 2])

@@ -75,8 +75,8 @@ class VerbGroup(Suggesting):
 
 
 def commands_of(verb: Verb) -> dict[str, click.Command]:
-    """Return what a verb has beside its methods: `COMMANDS` of the module here that is called after it, if there is."""
-    name = f"lfm.cli._{verb.name}_commands"
+    """Return what a verb has beside its methods: `COMMANDS` of the `_commands.py` in its package, if there is one."""
+    name = f"{verb.package}._commands"
     if importlib.util.find_spec(name) is None:
         return {}
     return {str(command.name): command for command in importlib.import_module(name).COMMANDS}

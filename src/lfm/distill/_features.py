@@ -47,6 +47,13 @@ def same_places(teacher: torch.Tensor, student: torch.Tensor) -> tuple[torch.Ten
     return teacher, student
 
 
+def only_places(state: torch.Tensor) -> torch.Tensor:
+    """Return it. Raises RequestError for a vector, which has no places."""
+    if state.ndim == 2:
+        raise RequestError("layers: a layer that gives one vector has no places to compare; choose other layers")
+    return state
+
+
 def by_places(state: torch.Tensor) -> torch.Tensor:
     """Return (batch, places, width) of an image or a text; of vectors (1, batch, width), the examples as places."""
     if state.ndim == 4:

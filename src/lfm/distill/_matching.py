@@ -22,7 +22,7 @@ from lfm.distill._contract import Inputs, Kept, Matching, Online, OnPolicy, Read
 from lfm.distill._students import load_student, places_of_classes
 from lfm.distill._watching import View, linear_head, replace_head, views
 from lfm.errors import RequestError
-from lfm.method import Access
+from lfm.method import Access, Data
 from lfm.models._surroundings import seeded
 from lfm.models.encode import IGNORE, Batch, Examples, inputs_of, targets
 from lfm.models.handle import Model
@@ -72,6 +72,8 @@ def teach(
     if inputs.data is None:
         raise AssertionError("the plan lets nothing run without data")
     examples = Paired.of(context.rows(inputs.data), teacher, student, inputs.length)
+    if type(method).needs.data is Data.LABELLED and not examples.labelled:
+        raise RequestError(f"data: {type(method).__name__} learns from labels too, and {inputs.data.path} has none")
     pair = Pair(method, teacher, student, examples.labelled)
     per_epoch = math.ceil(len(examples) / (method.batch_size * method.accumulate))
     steps = method.steps or math.ceil(method.epochs * per_epoch)

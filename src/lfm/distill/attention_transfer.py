@@ -11,8 +11,7 @@ from pydantic import Field
 from torch.nn import functional
 
 from lfm.distill._contract import Inside, Taught, Terms
-from lfm.distill._features import kept, same_places
-from lfm.errors import RequestError
+from lfm.distill._features import kept, only_places, same_places
 from lfm.method import Access, Data, Needs
 
 
@@ -33,8 +32,6 @@ class AttentionTransfer(Inside):
 
 def _attention(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Return how active each place is (batch, places), of length 1."""
-    if state.ndim == 4:
+    if only_places(state).ndim == 4:
         return functional.normalize(state.square().mean(1).flatten(1), dim=-1)
-    if state.ndim == 3:
-        return functional.normalize(state.square().mean(-1) * kept(state, mask), dim=-1)
-    raise RequestError("layers: a layer that gives one vector has no places to compare; choose other layers")
+    return functional.normalize(state.square().mean(-1) * kept(state, mask), dim=-1)

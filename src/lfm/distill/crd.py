@@ -29,7 +29,7 @@ class Crd(Read):
     weight: float = Field(0.8, ge=0, description="Weight of the contrast.")
     tau: float = Field(0.07, gt=0, description="Temperature of the contrast.")
     size: int = Field(128, ge=1, description="Dimensions in which features are compared.")
-    memory: int = Field(4096, ge=1, description="Features of earlier examples that are kept (M); the paper has 16,384.")
+    negatives: int = Field(4096, ge=1, description="Features of earlier examples that are kept (M); the paper has 16,384.")
 
     def connectors(self, teacher: Sequence[tuple[int, ...]], student: Sequence[tuple[int, ...]]) -> nn.Module:
         return _Contrast(width(teacher[0]), width(student[0]), self)
@@ -53,9 +53,9 @@ class _Contrast(nn.Module):
         super().__init__()
         self.tau = method.tau
         self.maps = nn.ModuleList([nn.Linear(teacher, method.size), nn.Linear(student, method.size)])
-        drawn = torch.randn(2, method.memory, method.size)
+        drawn = torch.randn(2, method.negatives, method.size)
         self.register_buffer("memory", functional.normalize(drawn, dim=-1))
-        self.register_buffer("labels", torch.full((method.memory,), NONE))
+        self.register_buffer("labels", torch.full((method.negatives,), NONE))
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))
         self.register_buffer("means", torch.zeros(2))
 

@@ -23,7 +23,7 @@ class G2sd(Inside):
     needs = Needs(access=Access.WEIGHTS, data=Data.UNLABELLED, trains=True)
     paper = "https://arxiv.org/abs/2302.14771"
 
-    generic: float = Field(0.5, ge=0, le=1, description="Share of the steps in which hidden states are matched.")
+    generic: float = Field(0.25, ge=0, le=1, description="Share of the steps in which hidden states are matched.")
     weight: float = Field(100.0, ge=0, description="Weight of the hidden states, for gradients of about one size.")
     layers: Literal["last", "all"] | dict[int, int] = Field(
         "all", description="Which layers are matched, as in `fitnets`."

@@ -94,11 +94,11 @@ class LeastSquares(Edit):
         None, description="Blocks whose MLP is edited, from 0; chosen in the middle of the model if left out."
     )
     steps: int = Field(25, ge=1, description="Steps of Adam in the search for values.")
-    learning_rate: float = Field(0.5, gt=0, description="Its learning rate.")
-    clamp: float = Field(4.0, gt=0, description="Largest change of a value, over the length that it has.")
+    learning_rate: float = Field(0.3, gt=0, description="Its learning rate, over the root mean square of the stream.")
+    clamp: float = Field(3.0, gt=0, description="Largest change of a value, over the length of the stream there.")
     kl: float = Field(0.0625, ge=0, description="Weight of leaving alone what the model says of the subject itself.")
-    decay: float = Field(0.5, ge=0, description="Weight of keeping values small.")
-    enough: float = Field(0.05, ge=0, description="Loss at which the search for a value ends.")
+    decay: float = Field(0.05, ge=0, description="Weight of a small change, in lengths of the stream there.")
+    enough: float = Field(0.05, ge=0, description="-log P(target) at which the search for a value ends.")
     contexts: int = Field(
         20, ge=0, description="Beginnings, made up by the model, in which an edit should hold too; 0 for none."
     )

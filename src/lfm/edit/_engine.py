@@ -12,10 +12,10 @@ import torch
 from lfm.checkpoint import Checkpoint, Delta, OutputFolder, Patched
 from lfm.data.requests import Request, requests_of
 from lfm.edit._contract import Edit, Guard, Inputs, LeastSquares, Tuned
-from lfm.edit._guard import HEAT_MAPS, RETENTION, Watch, conflicts, heat_map
+from lfm.edit._guard import COMPARED, HEAT_MAPS, RETENTION, Watch, conflicts, heat_map
 from lfm.edit._least_squares import Editor, Update, contexts_of, layers_of
-from lfm.edit._patches import MANIFEST, stack, write_edited
-from lfm.edit._score import Said, listen, metrics, records
+from lfm.edit._patches import MANIFEST, absent, edited_of, stack, write_edited
+from lfm.edit._score import Drift, Said, listen, metrics, records
 from lfm.edit._statistics import Statistics, statistics
 from lfm.errors import LfmError, RequestError
 from lfm.method import Access
@@ -61,9 +61,9 @@ def _earlier(inputs: Inputs, context: Context) -> tuple[tuple[Delta, ...], list[
     place = context.resolve(inputs.model).ref
     if place is None or not (Path(place).expanduser() / MANIFEST).is_file():
         return (), []  # or a step will make it
-    checkpoint = context.open(inputs.model)
     try:
-        return stack(checkpoint, _place(inputs.base, context), allow_pickle=context.settings.allow_pickle)[1], []
+        edited = edited_of(context.open(inputs.model))
+        return ((), []) if edited is None else (edited.patches, absent(edited, _place(inputs.base, context)))
     except RequestError as error:
         return (), list(error.problems)
 
@@ -77,7 +77,7 @@ def run(method: Edit, inputs: Inputs, context: Context, folder: OutputFolder) ->
     model = load_model(context.resolve(inputs.model), device=settings.device, allow_pickle=settings.allow_pickle)
     if model.task != "causal-lm":
         raise RequestError(f"{model.label}: is made for {model.task}; edits are made to language models")
-    before = listen(model, requests)
+    before, drift = listen(model, requests), Drift(model, context.seed)
     updates = _updates(method, inputs, context, model, requests, checkpoint.digest)
     watch = _watch(inputs, model, updates.several, checkpoint, context.seed)
     notes = [*_unnamed(requests), *conflicts(requests, earlier, updates.overlap)]
@@ -87,6 +87,8 @@ def run(method: Edit, inputs: Inputs, context: Context, folder: OutputFolder) ->
     _reload(model, patched, deltas)
     after = listen(model, requests)
     facts = {"edits": float(len(requests)), **metrics(before, after), **updates.facts}
+    moved = drift.now(model)
+    facts |= {} if moved is None else {"kl_drift": moved}
     facts["largest_loss"] = max((loss for update in made for loss in update.losses), default=0.0)
     deltas = [_scored(delta, update, requests, before, after) for delta, update in zip(deltas, made, strict=True)]
     digest, digests = write_edited(below, [*earlier, *deltas], folder, like=checkpoint)
@@ -132,7 +134,8 @@ def _updates(
     editor, facts = _editor(method, inputs, context, model, digest)
     size = inputs.batch or type(method).at_once or len(requests)
     parts = (requests[start : start + size] for start in range(0, len(requests), size))
-    return _Updates(map(editor.update, parts), size < len(requests), editor.overlap(requests), facts, editor)
+    overlap = editor.overlap(requests) if len(requests) <= COMPARED else None
+    return _Updates(map(editor.update, parts), size < len(requests), overlap, facts, editor)
 
 
 def _editor(

@@ -31,6 +31,7 @@ CANARIES, LENGTH = 32, 32  # texts that the model makes up, and tokens of each
 HALVINGS = 3
 CELLS = 24  # rows and columns of the picture at most
 OVERLAP = 0.5  # cosine of two keys, under C^-1, from which edits get in each other's way
+COMPARED = 1000  # edits of which each is compared with each other, for conflicts; more take too long
 TOLD = 5  # of conflicts and refusals, how many are named
 
 

@@ -119,6 +119,8 @@ class Editor:
         """Return what goes into a memory at the ends of the subjects (width, n): of prompts alone, and on average."""
         texts = [asked(self._model, request, before) for before in ("", *self._contexts) for request in requests]
         found = self._read(texts, layer.out.name, inputs=True).view(-1, len(requests), layer.out.input_dim)
+        if type(self._method).stream and self._contexts:  # as MEMIT's authors weigh them: the prompt alone is half
+            return found[0].T, ((found[0] + found[1:].mean(0)) / 2).T
         return found[0].T, found.mean(0).T
 
     def _read(self, texts: Sequence[Asked], name: str, *, inputs: bool) -> torch.Tensor:

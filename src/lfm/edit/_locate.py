@@ -161,7 +161,13 @@ def changing(module: nn.Module, name: str, change: Any) -> Iterator[None]:
         handle.remove()
 
 
+def by_text(hidden: torch.Tensor, texts: int) -> torch.Tensor:
+    """Return hidden states as (texts, length, width): some blocks (OPT's) put all texts in one row for their MLP."""
+    return hidden.view(texts, -1, hidden.shape[-1])
+
+
 def at_places(hidden: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
     """Return hidden states (n, width) at one place of each text."""
+    hidden = by_text(hidden, len(places))
     rows = torch.arange(len(places), device=hidden.device)
     return hidden[rows, torch.tensor(places, device=hidden.device)]

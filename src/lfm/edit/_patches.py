@@ -113,10 +113,25 @@ def find_base(edited: Edited, base: str | None = None, *, allow_pickle: bool = F
             return found
         if ref != str(edited.folder):
             tried.append(f"{ref} holds other weights, {found.digest[:12]}")
+    raise RequestError(_lost(edited, base, tried))
+
+
+def absent(edited: Edited, base: str | None) -> list[str]:
+    """Return a line where there is nothing that could be the base; that it is the right one is not looked at yet."""
+    tried: list[str] = []
+    for ref in edited.where()[:-1] if base is None else [base]:
+        try:
+            open_checkpoint(ref)
+            return []
+        except RequestError as error:
+            tried.append(f"{ref}: {error.problems[0]}")
+    return [_lost(edited, base, tried)]
+
+
+def _lost(edited: Edited, base: str | None, tried: Sequence[str]) -> str:
     hint = "; name it with --base" if base is None else ""
-    raise RequestError(
-        f"{edited.folder}: its patches lie on weights {edited.base[:12]}, which are needed{hint} ({'; '.join(tried)})"
-    )
+    why = "; ".join(tried)
+    return f"{edited.folder}: its patches lie on weights {edited.base[:12]}, which are needed{hint} ({why})"
 
 
 def stack(

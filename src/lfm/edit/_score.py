@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from lfm.edit._locate import asked, labels_of, padded, tokens_of
 from lfm.models.encode import IGNORE
 from lfm.models.handle import Model
 from lfm.models.local import forward
+from lfm.models.samples import sampled_tokens
 
 TOGETHER = 64
+DRIFT_TEXTS, DRIFT_LENGTH = 16, 32  # texts of its own on which a model is compared with itself
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Said:
     paraphrases: tuple[tuple[Told, Told | None], ...]  # of target and old
     neighbours: tuple[tuple[int, Told | None, Told], ...]  # next token; of the right answer, and of the target
     answer: str
+    same_subject: tuple[bool, ...] = ()  # which of the neighbours are about the subject of the edit itself
 
 
 def listen(model: Model, requests: Sequence[Request], *, answers: int = 8) -> list[Said]:
@@ -56,7 +59,8 @@ def listen(model: Model, requests: Sequence[Request], *, answers: int = 8) -> li
         for near in request.neighbours:
             target = next(told)
             neighbours.append((next(nexts), next(told) if near.answer else None, target))
-        found.append(Said(*pairs[0], tuple(pairs[1:]), tuple(neighbours), answer))
+        same = tuple(request.subject is not None and request.subject in near.prompt for near in request.neighbours)
+        found.append(Said(*pairs[0], tuple(pairs[1:]), tuple(neighbours), answer, same))
     return found
 
 
@@ -94,8 +98,9 @@ def metrics(before: Sequence[Said], after: Sequence[Said]) -> dict[str, float]:
 
     `efficacy` and `paraphrase`: the target is what the model says, token by token. `efficacy_more_likely` and
     `paraphrase_more_likely` (ES and PS of CounterFact): the target is more likely than the old answer.
-    `neighbours_kept`: the next token is what it was before; `neighbourhood_more_likely` (NS): the right answer is more
-    likely than the target.
+    `neighbours_kept`: the next token is what it was before, where others are asked for; `same_subject_kept`: where
+    other things are asked of an edit's own subject; `neighbourhood_more_likely` (NS): the right answer is more likely
+    than the target.
     """
     shares = {
         "efficacy": (said.target.exact for said in after),
@@ -103,14 +108,19 @@ def metrics(before: Sequence[Said], after: Sequence[Said]) -> dict[str, float]:
         "efficacy_more_likely": (_more(said.target, said.old) for said in after),
         "paraphrase": (new.exact for said in after for new, _ in said.paraphrases),
         "paraphrase_more_likely": (_more(new, old) for said in after for new, old in said.paraphrases),
-        "neighbours_kept": (
-            was[0] == now[0]
-            for one, other in zip(before, after, strict=True)
-            for was, now in zip(one.neighbours, other.neighbours, strict=True)
-        ),
+        "neighbours_kept": _kept(before, after, same=False),
+        "same_subject_kept": _kept(before, after, same=True),
         "neighbourhood_more_likely": (_more(right, new) for said in after for _, right, new in said.neighbours),
     }
     return {name: share for name, values in shares.items() if (share := _mean(values)) is not None}
+
+
+def _kept(before: Sequence[Said], after: Sequence[Said], *, same: bool) -> Iterator[bool]:
+    """Yield whether neighbours, of the subject itself or of others, get the next token that they got before."""
+    for one, other in zip(before, after, strict=True):
+        for was, now, own in zip(one.neighbours, other.neighbours, other.same_subject, strict=True):
+            if own is same:
+                yield was[0] == now[0]
 
 
 def _more(one: Told | None, other: Told | None) -> bool | None:
@@ -135,7 +145,33 @@ def records(requests: Sequence[Request], before: Sequence[Said], after: Sequence
             "logprob_after": round(now.target.logprob, 4),
             "efficacy": now.target.exact,
             "paraphrases": [new.exact for new, _ in now.paraphrases],
-            "neighbours_kept": [a[0] == b[0] for a, b in zip(was.neighbours, now.neighbours, strict=True)],
+            "neighbours_kept": list(_kept([was], [now], same=False)),
+            "same_subject_kept": list(_kept([was], [now], same=True)),
         }
         for request, was, now in zip(requests, before, after, strict=True)
     ]
+
+
+class Drift:
+    """How far a model moves from what it was: the mean KL(before | after) of a token of texts that it made up before."""
+
+    def __init__(self, model: Model, seed: int) -> None:
+        made = sampled_tokens(model, DRIFT_TEXTS, DRIFT_LENGTH, seed=seed + 2)
+        self._texts = [text.tolist() for text in made if len(text) > 1]
+        self._before = self._said(model)
+
+    def now(self, model: Model) -> float | None:
+        """Return how far it has moved; None if it makes up no texts."""
+        if not self._texts:
+            return None
+        after = self._said(model)
+        return float((self._before.exp() * (self._before - after)).sum(-1).mean())
+
+    def _said(self, model: Model) -> torch.Tensor:
+        """Return log-probabilities (tokens, vocabulary), behind all tokens of all texts."""
+        if not self._texts:
+            return torch.zeros(0, 0)
+        batch = padded(self._texts, next(model.module.parameters()).device)
+        with torch.no_grad():
+            logits = forward(model.module, batch)[batch["attention_mask"].bool()]
+        return logits.float().log_softmax(-1).cpu()

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lfm.checkpoint import cache_folder
-from lfm.edit._locate import padded, reading
+from lfm.edit._locate import by_text, padded, reading
 from lfm.models.handle import Model
 from lfm.models.samples import sampled_tokens
 
@@ -87,7 +87,7 @@ def _measured(model: Model, names: Sequence[str], texts: Sequence[Sequence[int]]
             module(**batch)
             kept = batch["attention_mask"].bool()
             for name in names:
-                keys = seen[name][kept].double()
+                keys = by_text(seen[name], len(kept))[kept].double()
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=device)) + keys.T @ keys
             count += int(kept.sum())
     return Statistics({name: (total / count).cpu() for name, total in sums.items()}, count)

@@ -17,7 +17,7 @@ from torch import nn
 
 from lfm.data.requests import Request
 from lfm.edit._contract import LeastSquares
-from lfm.edit._locate import Asked, Memory, asked, at_places, changing, labels_of, padded, reading
+from lfm.edit._locate import Asked, Memory, asked, at_places, by_text, changing, labels_of, padded, reading
 from lfm.models.encode import IGNORE
 from lfm.models.handle import Model
 from lfm.models.local import forward
@@ -44,7 +44,8 @@ def find_values(
     longest = max(len(text.ids) for own in texts for text in own)
     together = max(1, ELEMENTS // (longest * vocabulary * max(map(len, texts))))
     parts = [
-        _Search(model, texts[start : start + together], memory, method).run() for start in range(0, len(texts), together)
+        _Search(model, texts[start : start + together], memory, method).run()
+        for start in range(0, len(texts), together)
     ]
     return Values(
         torch.cat([part.values for part in parts]),
@@ -125,7 +126,8 @@ class _Search:
         rows = torch.arange(len(texts), device=self._device)
 
         def moved(hidden: torch.Tensor) -> torch.Tensor:
-            return hidden.index_put((rows, places), deltas[owner].to(hidden), accumulate=True)
+            added = by_text(hidden, len(texts)).index_put((rows, places), deltas[owner].to(hidden), accumulate=True)
+            return added.view_as(hidden)
 
         with changing(self._module, self._place, moved):
             logits = self._logits([text.ids for text in texts])

@@ -7,7 +7,7 @@ from typing import Any
 from lfm.checkpoint import Checkpoint, Delta, open_checkpoint
 from lfm.data import DataSpec, read
 from lfm.data.requests import Request, requests_of
-from lfm.edit._guard import conflicts
+from lfm.edit._guard import COMPARED, conflicts
 from lfm.edit._least_squares import Editor, contexts_of, layers_of
 from lfm.edit._patches import edited_of, find_base
 from lfm.edit._score import listen, metrics, records
@@ -63,7 +63,7 @@ def foresee(model: str, data: Any, settings: Settings, seed: int) -> dict[str, A
         }
         for request, one in zip(requests, said, strict=True)
     ]
-    overlap = _overlap(loaded, requests, checkpoint, seed)
+    overlap = _overlap(loaded, requests, checkpoint, seed) if len(requests) <= COMPARED else None
     return {"model": model, "edits": edits, "notes": list(conflicts(requests, patches, overlap))}
 
 

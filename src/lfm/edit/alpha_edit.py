@@ -19,7 +19,6 @@ class AlphaEdit(LeastSquares):
     paper = "https://arxiv.org/abs/2410.02355"
     stream = True
 
-    clamp: float = Field(0.75, gt=0, description="Largest change of a value, over the length that it has.")
     null_space: float = Field(0.02, ge=0, lt=1, description="Share of the spectrum that edits may use.")
     l2: float = Field(1e-2, gt=0, description="Weight of a small change, over the mean square of the keys.")
 

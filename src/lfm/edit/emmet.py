@@ -6,7 +6,6 @@ the smallest change, as seen by ordinary text, of all that satisfy W K = V: ROME
 """
 
 import torch
-from pydantic import Field
 
 from lfm.edit._algebra import exact_rows
 from lfm.edit._contract import Layer, LeastSquares
@@ -17,8 +16,6 @@ class Emmet(LeastSquares):
     needs = Needs(access=Access.WEIGHTS, trains=True)
     paper = "https://arxiv.org/abs/2401.07453"
     stream = True
-
-    clamp: float = Field(0.75, gt=0, description="Largest change of a value, over the length that it has.")
 
     def rows(self, layer: Layer) -> torch.Tensor:
         return exact_rows(layer.keys, layer.covariance)

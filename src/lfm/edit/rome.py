@@ -2,7 +2,8 @@
 
     1. k: what goes into the matrix W at the end of the subject; the mean over contexts that the model makes up
     2. v: what should come out, so that the model says the target: v = W k + delta, by Adam on
-          mean -log P(target) + kl KL(of what is said of the subject alone) + decay |delta| / |v|^2
+          mean -log P(target) + kl KL(of what is said of the subject alone) + decay |delta| / |h|,
+       at most `clamp` |h| long, where h is the stream that the block adds to
     3. W + (v - W k) u^T / (u . k),   u = C^-1 k,  C = E[k k^T] over ordinary text
 
 so that W k = v, and for other keys W changes as little as it can. `keys` says which k stands where: `averaged` uses the

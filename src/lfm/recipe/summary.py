@@ -208,9 +208,8 @@ def _drawn(runs: list[StepRun]) -> Iterator[HeatMap]:
     for run in runs:
         path = run.folder / "heat_maps.json"
         for told in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ():
-            grid = {name: tuple(told[name]) for name in ("rows", "columns")}
-            values = tuple(map(tuple, told["values"]))
-            yield HeatMap(f"{run.step.name}: {told['title']}", **grid, values=values, unit=told["unit"], note=told["note"])
+            title, values = f"{run.step.name}: {told['title']}", tuple(map(tuple, told["values"]))
+            yield HeatMap(title, tuple(told["rows"]), tuple(told["columns"]), values, told["unit"], told["note"])
 
 
 def _heat_maps(runs: list[StepRun], catalogue: Catalogue) -> Iterator[HeatMap]:

@@ -10,8 +10,8 @@ import torch
 
 from lfm.distill._asking import evaluated
 from lfm.distill._contract import Inquiry
+from lfm.distill.black_box._generator import new_generator, random_latents
 from lfm.distill.black_box._stored import Lesson, Stored
-from lfm.distill.data_free._generator import Generator, latents
 from lfm.models.zeroth_order import ZerothOrder, estimate_rows
 
 NOTHING = 1e-8  # stands for a probability that the teacher gives as 0
@@ -45,9 +45,7 @@ class Contest(Stored):
     """Turns of a generator that widens the gap between teacher and student, and a student that closes it.
 
     The generator's gradient is that of `estimate_rows` at its output before the range of pixels is applied, so that
-    what is asked about is always an image. It moves only where the queries left are enough for all of its steps. It
-    ends in a batch norm that is cut to the range of pixels (the papers' in tanh): images without contrast teach little,
-    and behind a sigmoid `dfme` taught 36 % of digits in place of 92.
+    what is asked about is always an image. It moves only where the queries left are enough for all of its steps.
     """
 
     def __init__(self, inquiry: Inquiry, rules: Rules, gap: Gap, rate: float) -> None:
@@ -55,7 +53,7 @@ class Contest(Stored):
         self._rules = rules
         self._gap = gap
         self._how = ZerothOrder(num_directions=rules.directions, mu=rules.mu, antithetic=False)
-        self._generator = Generator(inquiry.space, rules.latent, rules.width, "norm").to(inquiry.device)
+        self._generator = new_generator(inquiry, rules.latent, rules.width)
         self.modules["generator"] = self._generator
         self.optimisers["generator"] = torch.optim.Adam(self._generator.parameters(), lr=rate)
         self.tensors["place"] = torch.tensor(0)  # within a turn
@@ -72,13 +70,13 @@ class Contest(Stored):
             for _ in range(rules.generator_steps):
                 self._widen()
         with torch.no_grad():
-            images = self._generator(latents(size, self._generator, self.inquiry.device))
+            images = self._generator(random_latents(self._generator, self.inquiry))
         return self.filled(self.ask(images[: self.inquiry.teacher.left]))
 
     def _widen(self) -> None:
         """Move the generator a step towards images of which teacher and student say different things."""
         inquiry = self.inquiry
-        raw = self._generator.raw(latents(inquiry.batch_size, self._generator, inquiry.device))
+        raw = self._generator.raw(random_latents(self._generator, inquiry))
         with evaluated(inquiry.student):
             gradient = estimate_rows(self._agreement, raw.detach(), self._how, None)
         optimiser = self.optimisers["generator"]

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from lfm.distill._asking import evaluated
 from lfm.distill._contract import BlackBox, Inquirer, Inquiry, Taught, Terms
+from lfm.distill.black_box._generator import Generator, new_generator, random_latents
 from lfm.distill.black_box._stored import Lesson, Stored, soft_or_hard
-from lfm.distill.data_free._generator import Generator, latents
 from lfm.method import Access, Needs
 
 
@@ -55,8 +55,8 @@ class _Ideal(Stored):
         return self.replay(self.inquiry.batch_size)
 
     def _begin(self) -> None:
-        inquiry, method = self.inquiry, self._method
-        generator = Generator(inquiry.space, method.latent, method.width, "norm").to(inquiry.device)
+        method = self._method
+        generator = new_generator(self.inquiry, method.latent, method.width)
         self.modules["generator"] = generator
         self.optimisers["generator"] = torch.optim.Adam(generator.parameters(), lr=method.generator_rate)
 
@@ -65,7 +65,7 @@ class _Ideal(Stored):
         inquiry, method = self.inquiry, self._method
         generator, optimiser = self.modules["generator"], self.optimisers["generator"]
         assert isinstance(generator, Generator)
-        z = latents(inquiry.batch_size, generator, inquiry.device)
+        z = random_latents(generator, inquiry)
         wished = torch.randint(inquiry.teacher.classes, (len(z),)).to(inquiry.device)
         parameters = list(generator.parameters())
         with evaluated(inquiry.student) as student:

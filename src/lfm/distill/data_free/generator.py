@@ -4,7 +4,7 @@
     x = G(z);   f_T: what the teacher's output layer reads
 
 The first paper has no batch norms here, no replay, and a rate of 0.2 with batches of 512. On digits (8 x 8 pixels) 800
-steps without batch norms teach 69 % (one seed), far less than noise, which teaches 94 % in 1,200.
+steps with batch norms teach 95 % and without them 69 % (one seed each); noise teaches 94 % in 1,200.
 """
 
 import torch
@@ -22,7 +22,7 @@ class Generator(DataFree):
     needs = Needs(access=Access.WEIGHTS, trains=True)
     paper = "https://arxiv.org/abs/1904.01186"
 
-    turn: int = Field(1, ge=1, description="Steps of the student for each one of the generator.")
+    turn: int = Field(2, ge=1, description="Steps of the student for each one of the generator.")
     replay: float = Field(0.5, ge=0, lt=1, description="Share of a batch that is taken from earlier turns.")
     bank: int = Field(25_000, ge=0, description="Images of earlier turns that are kept.")
     generator_rate: float = Field(1e-3, gt=0, description="Learning rate of the generator.")
@@ -31,7 +31,7 @@ class Generator(DataFree):
     one_hot: float = Field(1.0, ge=0, description="Weight of how sure the teacher is.")
     activation: float = Field(0.1, ge=0, description="Weight of the size of its features.")
     balance: float = Field(5.0, ge=0, description="Weight of how alike classes are in a batch.")
-    batch_norm: float = Field(0.0, ge=0, description="Weight of the statistics of batch norms.")
+    batch_norm: float = Field(5.0, ge=0, description="Weight of the statistics of batch norms; 0 in the first paper.")
     shift: int = Field(1, ge=0, description="Images are rolled by up to so many pixels when they are learned.")
     flip: bool = Field(False, description="Mirror half of the batches; for photographs, not for digits.")
 

@@ -1,4 +1,4 @@
-"""The commands beside the methods of `lfm edit`: patches put on, taken off, looked at; what they do is in `_edit`."""
+"""The commands beside the methods of `lfm edit`: patches put on, taken off, looked at; see `_telling`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the f
 @options.settings_options
 def plan(model: str, requests: str, seed: int, json_: bool, **how: Any) -> None:
     """Say what a model answers to edits now, and which of them will get in each other's way; changes nothing."""
-    from lfm.cli._edit import tell_plan
+    from lfm.edit._telling import tell_plan
 
     tell_plan(model, options.inline(requests), options.settings_from(**how), seed, json_)
 
@@ -43,8 +43,8 @@ def plan(model: str, requests: str, seed: int, json_: bool, **how: Any) -> None:
 @json_option
 def apply(model: str, patches: tuple[Path, ...], out: Path, overwrite: bool, json_: bool, **how: Any) -> None:
     """Put patches on a model, into a new folder; an edited folder stands for all of its patches."""
-    from lfm.cli._edit import tell_made
     from lfm.edit._patches import apply
+    from lfm.edit._telling import tell_made
 
     tell_made(apply(model, patches, out, overwrite=overwrite, **how), json_)
 
@@ -59,8 +59,8 @@ def apply(model: str, patches: tuple[Path, ...], out: Path, overwrite: bool, jso
 @json_option
 def revert(model: str, ids: tuple[str, ...], out: Path, overwrite: bool, json_: bool, **how: Any) -> None:
     """Take patches off a model, into a new folder: in any order, exact to the last bit."""
-    from lfm.cli._edit import tell_made
     from lfm.edit._patches import revert
+    from lfm.edit._telling import tell_made
 
     tell_made(revert(model, ids, out, overwrite=overwrite, **how), json_)
 
@@ -70,7 +70,7 @@ def revert(model: str, ids: tuple[str, ...], out: Path, overwrite: bool, json_: 
 @json_option
 def list_patches(model: Path, json_: bool) -> None:
     """List the patches of an edited folder, in the order in which they came."""
-    from lfm.cli._edit import tell_patches
+    from lfm.edit._telling import tell_patches
 
     tell_patches(model, json_)
 
@@ -80,7 +80,7 @@ def list_patches(model: Path, json_: bool) -> None:
 @json_option
 def show(patch: Path, json_: bool) -> None:
     """Print a patch: what it asks for, by which method, what it changes, how well it does."""
-    from lfm.cli._edit import tell_patch
+    from lfm.edit._telling import tell_patch
 
     tell_patch(patch, json_)
 
@@ -92,7 +92,7 @@ def show(patch: Path, json_: bool) -> None:
 @click.pass_context
 def verify(ctx: click.Context, model: str, base: str | None, json_: bool) -> None:
     """Check that a folder is its base with its patches and nothing else. Exit code 1 if not."""
-    from lfm.cli._edit import tell_verdict
+    from lfm.edit._telling import tell_verdict
 
     if not tell_verdict(model, base, json_):
         ctx.exit(1)
@@ -105,7 +105,7 @@ def verify(ctx: click.Context, model: str, base: str | None, json_: bool) -> Non
 @json_option
 def audit(before: str, after: str, allow_pickle: bool, json_: bool) -> None:
     """Guess what was done to a model from its weights: edited, fine-tuned, rounded, or nothing."""
-    from lfm.cli._edit import tell_audit
+    from lfm.edit._telling import tell_audit
 
     tell_audit(before, after, allow_pickle, json_)
 
@@ -118,7 +118,7 @@ def audit(before: str, after: str, allow_pickle: bool, json_: bool) -> None:
 @options.settings_options
 def test(model: str, requests: str, baseline: str | None, json_: bool, **how: Any) -> None:
     """Measure any model on edit requests: what it says to them, in other words, and beside them."""
-    from lfm.cli._edit import tell_test
+    from lfm.edit._telling import tell_test
 
     tell_test(model, options.inline(requests), baseline, options.settings_from(**how), json_)
 
