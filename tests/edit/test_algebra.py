@@ -1,4 +1,4 @@
-"""What the updates do to matrices, proved on matrices that are drawn: no model is involved but in the authors' numbers."""
+"""What the updates do to matrices that are drawn, and equality with what the authors' code does to a tiny model."""
 
 import json
 

@@ -1,11 +1,14 @@
 """Edits of models of several shapes: mechanics on random weights, where a key gives its value afterwards."""
 
+import json
+
 import pytest
 import torch
 from tests.edit import world
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lfm
+from lfm.checkpoint import open_checkpoint
 from lfm.data.requests import Neighbour, Request
 from lfm.edit._contract import LeastSquares
 from lfm.edit._least_squares import Editor, layers_of
@@ -19,6 +22,7 @@ from lfm.edit.emmet import Emmet
 from lfm.edit.ft_l import FtL
 from lfm.edit.memit import Memit
 from lfm.edit.rome import Rome
+from lfm.recipe.step import Settings
 
 PEOPLE = 12
 SHAPES = {
@@ -191,3 +195,28 @@ def test_facts_of_the_subject_itself_are_counted_apart_from_those_of_others(fold
     [said] = listen(model, [request], answers=0)
     assert said.same_subject == tuple(request.subject in near.prompt for near in request.neighbours)
     assert sum(said.same_subject) == len(world.RELATIONS) - 1
+
+
+def test_edits_of_a_bf16_checkpoint_are_measured_as_they_are_saved(tmp_path):
+    folder = saved(tmp_path / "model", "llama", torch.bfloat16)
+    requests = tmp_path / "facts.jsonl"
+    requests.write_text("\n".join(json.dumps(one) for one in world.requests(2, count=PEOPLE)))
+    out = tmp_path / "edited"
+    lfm.edit(
+        Rome(layers=[1], steps=5, contexts=0),
+        str(folder),
+        str(requests),
+        tokens=200,
+        guard={"mode": "off"},
+        out=out,
+        settings=Settings(quiet=True),
+    )
+    metrics_told = json.loads((out / "lineage.json").read_text())["metrics"]
+    edited = lfm.load(out)
+    name = memories(edited)[1].out.weight
+    saved_as = open_checkpoint(out).tensor(name)
+    assert saved_as.dtype == torch.bfloat16
+    found = metrics(listen(lfm.load(folder), asks(2), answers=0), listen(edited, asks(2), answers=0))
+    for measure in ("efficacy", "paraphrase", "neighbours_kept", "same_subject_kept"):
+        assert metrics_told[measure] == found[measure]
+    assert metrics_told["kl_drift"] >= 0

@@ -29,7 +29,9 @@ class Crd(Read):
     weight: float = Field(0.8, ge=0, description="Weight of the contrast.")
     tau: float = Field(0.07, gt=0, description="Temperature of the contrast.")
     size: int = Field(128, ge=1, description="Dimensions in which features are compared.")
-    negatives: int = Field(4096, ge=1, description="Features of earlier examples that are kept (M); the paper has 16,384.")
+    negatives: int = Field(
+        4096, ge=1, description="Features of earlier examples to tell apart (M); the paper has 16,384."
+    )
 
     def connectors(self, teacher: Sequence[tuple[int, ...]], student: Sequence[tuple[int, ...]]) -> nn.Module:
         return _Contrast(width(teacher[0]), width(student[0]), self)

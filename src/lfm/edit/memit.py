@@ -5,8 +5,8 @@
            W + R K^T (lambda (C + C_e) + K K^T)^-1,   C = E[k k^T] over ordinary text
 
 lambda weighs what is known against what is new: one edit alone gets 1 / (1 + lambda / k^T C^-1 k) of its value. The
-authors' 15,000 suits keys as rare as those of GPT-J; left out, lambda is a tenth of the mean of k^T C^-1 k. C_e are the keys of earlier edits, a part of what is known (0 in the
-paper, which makes one update).
+authors' 15,000 suits keys as rare as those of GPT-J; left out, lambda is a tenth of the mean of k^T C^-1 k. C_e are
+the keys of earlier edits, a part of what is known (0 in the paper, which makes one update).
 """
 
 import torch

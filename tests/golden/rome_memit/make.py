@@ -1,4 +1,4 @@
-"""Writes results.json: one update each of the authors' ROME and MEMIT, for keys, values and statistics made from a seed.
+"""Writes results.json: an update each by the authors' ROME and MEMIT, for keys, values and statistics from a seed.
 
 Run as `python make.py ROME MEMIT`, with checkouts of kmeng01/rome (0874014) and kmeng01/memit (80426fd). Their code is
 run as it stands, on the CPU instead of CUDA; what it searches, samples and downloads is put in from outside: contexts,
@@ -84,8 +84,8 @@ class _Given:
 
 def _settings(**more):
     return SimpleNamespace(
-        fact_token="subject_last", rewrite_module_tmp="transformer.h.{}.mlp.c_proj", layer_module_tmp="transformer.h.{}",
-        mlp_module_tmp="transformer.h.{}.mlp", mom2_adjustment=True, mom2_dataset="", mom2_n_samples=0, mom2_dtype="",
+        fact_token="subject_last", rewrite_module_tmp="transformer.h.{}.mlp.c_proj",
+        layer_module_tmp="transformer.h.{}", mlp_module_tmp="transformer.h.{}.mlp", mom2_adjustment=True, mom2_dataset="", mom2_n_samples=0, mom2_dtype="",
         v_loss_layer=2, v_lr=0.5, v_num_grad_steps=2, kl_factor=0.0, v_weight_decay=0.5, clamp_norm_factor=1e9,
         context_template_length_params=[], **more,
     )  # fmt: skip
