@@ -217,7 +217,10 @@ def test_shipped_recipes_are_right(name):
             "r.yaml:5: steps.x: 'x' and 'X' are one folder on some systems; give one another name",
         ),
         ("x: {merge: linear}", "r.yaml:4: steps.x.models: is missing: the models to merge (the sources)"),
-        ("x: {models: [a]}", "r.yaml:4: steps.x: a step has one of the keys tune, distill, ensemble, merge, edit; got none"),
+        (
+            "x: {models: [a]}",
+            "r.yaml:4: steps.x: a step has one of the keys tune, distill, ensemble, merge, edit; got none",
+        ),
         (
             "x: {merge: linear, tune: full, models: [a]}",
             "one of the keys tune, distill, ensemble, merge, edit; got merge and tune",

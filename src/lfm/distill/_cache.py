@@ -122,7 +122,9 @@ class _Encoder:
         folder = cache_folder() / "teachers" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
         found = Answers.read(folder, key)
         if found is None:
-            teacher = open_in(self.context_of_step, self.inputs.teacher, access=Access.PROBS)
+            teacher = open_in(
+                self.context_of_step, self.context_of_step.resolve(self.inputs.teacher), access=Access.PROBS
+            )
             write_answers(teacher, examples, key, folder, self.context_of_step.settings.quiet)
             found = Answers.read(folder, key)
         if found is None:

@@ -41,7 +41,7 @@ def learn_on_data(method: Matching, inputs: Inputs, context: Context, folder: Ou
     kept = method.kept()
     if kept is not None:
         return _learn_from_kept(method, kept, inputs, context, folder)
-    teacher = open_in(context, inputs.teacher, access=type(method).needs.access)
+    teacher = open_in(context, context.resolve(inputs.teacher), access=type(method).needs.access)
     if isinstance(method, Successive):
         return _generations(method, teacher, inputs, context, folder)
     student = load_student(inputs, teacher, context)

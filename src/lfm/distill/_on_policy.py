@@ -28,7 +28,7 @@ def learn_on_policy(method: OnPolicy, inputs: Inputs, context: Context, folder: 
     if inputs.data is None:
         raise AssertionError("the plan lets nothing run without data")
     rows = context.rows(inputs.data)
-    teacher = open_in(context, inputs.teacher, access=type(method).needs.access)
+    teacher = open_in(context, context.resolve(inputs.teacher), access=type(method).needs.access)
     student = load_student(inputs, teacher, context)
     for model in (teacher, student):
         if model.task != "causal-lm" or model.encoder.tokenizer is None:

@@ -35,7 +35,7 @@ PIXELS = "pixel_values"
 def learn_without_data(method: DataFree, inputs: Inputs, context: Context, folder: OutputFolder) -> StepResult:
     """Teach a student on inputs that are made for it, into `folder`; anything that asks for data fails."""
     context = Sealed(context)
-    teacher = open_in(context, inputs.teacher, access=type(method).needs.access)
+    teacher = open_in(context, context.resolve(inputs.teacher), access=type(method).needs.access)
     student = load_student(inputs, teacher, context)
     device = next(student.module.parameters()).device
     scene = Scene(

@@ -89,7 +89,9 @@ def prompts_of(rows: Rows, words: int) -> list[str]:
 def _opened(method: Written, inputs: Inputs, context: Context) -> tuple[Model, str]:
     """Return the teacher with the access that is used, and what of its answers that is."""
     ref = context.resolve(inputs.teacher)
-    teacher = open_in(context, inputs.teacher, access=min(ref.offers, Access.LOGITS) if ref.is_endpoint else None)
+    teacher = open_in(
+        context, context.resolve(inputs.teacher), access=min(ref.offers, Access.LOGITS) if ref.is_endpoint else None
+    )
     if teacher.task != "causal-lm":
         raise RequestError(f"{teacher.label}: is made for {teacher.task}, and a teacher that writes is a causal-lm")
     best = "logits" if teacher.access >= Access.LOGITS else "top_k" if teacher.access >= Access.PROBS else "text"

@@ -1,4 +1,4 @@
-"""Text that a language model makes up by itself: a sample of what it was trained on, where nothing else is left of it."""
+"""Text that a language model makes up: a sample of what it was trained on, where nothing else is left of that."""
 
 from __future__ import annotations
 
