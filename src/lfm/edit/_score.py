@@ -153,7 +153,7 @@ def records(requests: Sequence[Request], before: Sequence[Said], after: Sequence
 
 
 class Drift:
-    """How far a model moves from what it was: the mean KL(before | after) of a token of texts that it made up before."""
+    """How far a model moves from what it was: the mean KL(before | after) of a token of texts that it made up."""
 
     def __init__(self, model: Model, seed: int) -> None:
         made = sampled_tokens(model, DRIFT_TEXTS, DRIFT_LENGTH, seed=seed + 2)

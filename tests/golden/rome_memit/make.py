@@ -85,7 +85,8 @@ class _Given:
 def _settings(**more):
     return SimpleNamespace(
         fact_token="subject_last", rewrite_module_tmp="transformer.h.{}.mlp.c_proj",
-        layer_module_tmp="transformer.h.{}", mlp_module_tmp="transformer.h.{}.mlp", mom2_adjustment=True, mom2_dataset="", mom2_n_samples=0, mom2_dtype="",
+        layer_module_tmp="transformer.h.{}", mlp_module_tmp="transformer.h.{}.mlp",
+        mom2_adjustment=True, mom2_dataset="", mom2_n_samples=0, mom2_dtype="",
         v_loss_layer=2, v_lr=0.5, v_num_grad_steps=2, kl_factor=0.0, v_weight_decay=0.5, clamp_norm_factor=1e9,
         context_template_length_params=[], **more,
     )  # fmt: skip
