@@ -55,6 +55,12 @@ def test_what_is_told_are_probabilities_with_the_same_first_class(seed, classes,
         assert ((found - probs).abs().sum(-1) <= 2 * perturb + 1e-5).all()
 
 
+def test_the_first_class_stays_ahead_in_few_digits():
+    probs = rows(2, 6, 6, 1.0)
+    found = told(probs, Defence(perturb=0.5), keys(6))
+    assert torch.equal(found.argmax(-1), probs.argmax(-1))
+
+
 def test_rounding_moves_nothing_by_more_than_a_unit_where_no_class_catches_up():
     probs = rows(0, 200, 10, 3.0)
     found = told(probs, Defence(round=2))

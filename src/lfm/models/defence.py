@@ -105,7 +105,18 @@ def told(probs: torch.Tensor, defence: Defence, keys: Sequence[bytes] = ()) -> t
         found = _largest(found, defence.top_k)
     if defence.round is not None:
         found = _rounded(found, defence.round)
-    return found.to(probs.dtype)
+    given = found.to(probs.dtype)
+    return _ahead(given, probs) if defence.perturb and defence.round is None else given
+
+
+def _ahead(given: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """Return the same with the likeliest class ahead by a bit at least: fewer digits may have made two classes equal."""
+    import torch
+
+    best = probs.argmax(-1, keepdim=True)
+    others = given.scatter(-1, best, 0.0).amax(-1, keepdim=True)
+    least = torch.nextafter(others, torch.ones_like(others))
+    return given.scatter(-1, best, torch.maximum(given.gather(-1, best), least))
 
 
 def _mixed(probs: torch.Tensor, share: float, keys: Sequence[bytes]) -> torch.Tensor:
