@@ -110,7 +110,7 @@ def told(probs: torch.Tensor, defence: Defence, keys: Sequence[bytes] = ()) -> t
 
 
 def _ahead(given: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-    """Return the same with the likeliest class ahead by a bit at least: fewer digits may have made two classes equal."""
+    """Return the same with the likeliest class ahead: where few digits make two classes equal, by one bit."""
     import torch
 
     best = probs.argmax(-1, keepdim=True)
