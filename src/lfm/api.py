@@ -17,6 +17,7 @@ from lfm.errors import RequestError, did_you_mean
 from lfm.method import Have, Method, cards, methods_of, verbs
 from lfm.models.ledger import Budget
 from lfm.models.ref import ModelRef
+from lfm.recipe import patches as patching
 from lfm.recipe._yaml import Located
 from lfm.recipe.foreign import read_foreign
 from lfm.recipe.schema import Recipe, Step, check_foreign, check_step, load_recipe, validate
@@ -359,19 +360,15 @@ def apply(
     `base` is what the patches of an edited model lie on, if it is no longer where it was. Raises RequestError for
     patches of another base.
     """
-    from lfm.edit._patches import apply as put_on
-
     places = [Path(patch) for patch in patches]
-    return put_on(str(model), places, Path(out), base=None if base is None else str(base), overwrite=overwrite)
+    return patching.apply(str(model), places, Path(out), base=None if base is None else str(base), overwrite=overwrite)
 
 
 def revert(
     model: str | Path, ids: Sequence[str], *, out: str | Path, base: str | Path | None = None, overwrite: bool = False
 ) -> Checkpoint:
     """Take patches off an edited model, into the new folder `out`, and return it: in any order, to the last bit."""
-    from lfm.edit._patches import revert as take_off
-
-    return take_off(str(model), ids, Path(out), base=None if base is None else str(base), overwrite=overwrite)
+    return patching.revert(str(model), ids, Path(out), base=None if base is None else str(base), overwrite=overwrite)
 
 
 def evaluate(

@@ -11,11 +11,11 @@ from tests.edit import world
 import lfm
 from lfm.checkpoint import Delta, open_checkpoint
 from lfm.data.requests import Neighbour, Request
-from lfm.edit import _patches as patches
 from lfm.edit._contract import Guard, Inputs
 from lfm.edit._guard import Look, Watch, conflicts, heat_map, largest_value
 from lfm.edit._tuning import tune
 from lfm.edit.ft_m import FtM
+from lfm.recipe import patches
 from lfm.recipe.step import Settings
 
 LAYER = "transformer.h.1.mlp.c_proj.weight"

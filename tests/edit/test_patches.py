@@ -14,9 +14,9 @@ from tests.tiny import LLAMA, llama_tensors, write_llama
 
 import lfm
 from lfm.checkpoint import Delta, Dense, LowRank, open_checkpoint, read_adapter
-from lfm.edit import _patches as patches
 from lfm.edit._audit import audit
 from lfm.errors import RequestError
+from lfm.recipe import patches
 from lfm.recipe.step import Settings
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"

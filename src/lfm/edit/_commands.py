@@ -43,8 +43,8 @@ def plan(model: str, requests: str, seed: int, json_: bool, **how: Any) -> None:
 @json_option
 def apply(model: str, patches: tuple[Path, ...], out: Path, overwrite: bool, json_: bool, **how: Any) -> None:
     """Put patches on a model, into a new folder; an edited folder stands for all of its patches."""
-    from lfm.edit._patches import apply
     from lfm.edit._telling import tell_made
+    from lfm.recipe.patches import apply
 
     tell_made(apply(model, patches, out, overwrite=overwrite, **how), json_)
 
@@ -59,8 +59,8 @@ def apply(model: str, patches: tuple[Path, ...], out: Path, overwrite: bool, jso
 @json_option
 def revert(model: str, ids: tuple[str, ...], out: Path, overwrite: bool, json_: bool, **how: Any) -> None:
     """Take patches off a model, into a new folder: in any order, exact to the last bit."""
-    from lfm.edit._patches import revert
     from lfm.edit._telling import tell_made
+    from lfm.recipe.patches import revert
 
     tell_made(revert(model, ids, out, overwrite=overwrite, **how), json_)
 
@@ -131,7 +131,7 @@ def test(model: str, requests: str, baseline: str | None, json_: bool, **how: An
 )
 def export(patch: Path, out: Path, base: str | None) -> None:
     """Write a low-rank patch as a LoRA adapter for PEFT."""
-    from lfm.edit._patches import export
+    from lfm.recipe.patches import export
 
     export(patch, out, base)
     click.echo(str(out))

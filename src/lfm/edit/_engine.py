@@ -14,7 +14,6 @@ from lfm.data.requests import Request, requests_of
 from lfm.edit._contract import Edit, Guard, Inputs, LeastSquares, Tuned
 from lfm.edit._guard import COMPARED, HEAT_MAPS, RETENTION, Watch, conflicts, heat_map
 from lfm.edit._least_squares import Editor, Update, contexts_of, layers_of
-from lfm.edit._patches import MANIFEST, absent, edited_of, stack, write_edited
 from lfm.edit._score import Drift, Said, listen, metrics, records
 from lfm.edit._statistics import Statistics, statistics
 from lfm.errors import LfmError, RequestError
@@ -24,6 +23,7 @@ from lfm.models.handle import Model
 from lfm.models.local import load_model
 from lfm.models.ref import ModelRef
 from lfm.progress import Progress
+from lfm.recipe.patches import MANIFEST, absent, edited_of, stack, write_edited
 from lfm.recipe.step import Context, Outline, StepPlan, StepResult
 
 EDITS = "edits.jsonl"  # what it said before and after, edit by edit

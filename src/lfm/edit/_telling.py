@@ -11,8 +11,8 @@ import click
 
 from lfm.checkpoint import Checkpoint, open_checkpoint
 from lfm.cli import _print
-from lfm.edit._patches import about, edited_of, read_edited, read_patch, verify
 from lfm.errors import RequestError
+from lfm.recipe.patches import about, edited_of, read_edited, read_patch, verify
 from lfm.recipe.step import Settings
 
 

@@ -9,7 +9,6 @@ from lfm.data import DataSpec, read
 from lfm.data.requests import Request, requests_of
 from lfm.edit._guard import COMPARED, conflicts
 from lfm.edit._least_squares import Editor, contexts_of, layers_of
-from lfm.edit._patches import edited_of, find_base
 from lfm.edit._score import listen, metrics, records
 from lfm.edit._statistics import statistics
 from lfm.edit.memit import Memit
@@ -17,6 +16,7 @@ from lfm.errors import RequestError
 from lfm.models.handle import Model
 from lfm.models.local import load_model
 from lfm.models.ref import ModelRef
+from lfm.recipe.patches import edited_of, find_base
 from lfm.recipe.step import Settings
 
 TOKENS = 5_000  # of text for the statistics that overlaps are foreseen by

@@ -24,10 +24,12 @@ from lfm.checkpoint import (
     combine,
     open_checkpoint,
     read_json,
+    remember_output,
     save_adapter,
     write_patched,
 )
 from lfm.errors import RequestError
+from lfm.recipe._patch_card import write_provenance
 
 PATCHES = "patches"  # of an edited folder: the folder of its patches
 MANIFEST = "patches.json"  # what the patches lie on, and in which order they came
@@ -247,8 +249,6 @@ def _remake(
     out: Path,
     overwrite: bool,
 ) -> Checkpoint:
-    from lfm.edit._provenance import write_provenance
-
     if out.exists() and checkpoint.folder.resolve() == out.resolve():
         raise RequestError(f"{out}: is the model itself, and inputs are never changed; choose another out")
     Patched(base.weights, patches)  # everything that speaks against it, before anything is written
@@ -257,8 +257,6 @@ def _remake(
         digest, digests = write_edited(base, patches, folder, like=checkpoint)
         write_provenance(what, checkpoint, base, ids, digest, folder)
         folder.commit()
-    from lfm.checkpoint import remember_output
-
     remember_output(out, digests)
     return open_checkpoint(out)
 
