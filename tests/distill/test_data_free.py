@@ -193,15 +193,15 @@ def test_every_method_is_run_here() -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_and_leaves_the_teacher_as_it_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synthesis = import_module("lfm.distill._synthesis")  # `lfm.distill` is the function
+    students = import_module("lfm.distill._students")  # `lfm.distill` is the function
     kept = []
-    real = synthesis.open_in
+    real = students.open_in
 
     def watched(*args, **named):
         kept.append(real(*args, **named))
         return kept[-1]
 
-    monkeypatch.setattr(synthesis, "open_in", watched)
+    monkeypatch.setattr(students, "open_in", watched)
     method = methods_of("distill")[name].load()(**SMALL, **RUNS[name])
     student = distilled(method, tmp_path / "out")
     [handle] = kept

@@ -13,17 +13,17 @@ from torch import nn
 from lfm.checkpoint import OutputFolder
 from lfm.distill._asked import Asked, of_bytes, to_bytes
 from lfm.distill._contract import BlackBox, Inputs, Inquirer, Inquiry, Said, Taught
-from lfm.distill._matching import finish, parameter_groups
 from lfm.distill._students import load_student, places_of_classes
 from lfm.distill._synthesis import PIXELS, SHOWN, Sealed, Synthesised, save_samples, space_of
+from lfm.distill._training import finish, train
 from lfm.errors import RequestError
 from lfm.method import Data
+from lfm.models._surroundings import seeded
 from lfm.models.encode import Batch, Examples
 from lfm.models.handle import Model
 from lfm.models.local import forward
 from lfm.models.open import open_in
 from lfm.recipe.step import Context, StepResult
-from lfm.train import fit
 
 SAID = "said"
 CURVE = "agreement.jsonl"
@@ -53,27 +53,21 @@ def learn_by_asking(method: BlackBox, inputs: Inputs, context: Context, folder: 
         next(student.module.parameters()).device,
         _proxy(inputs, student, context),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(context.seed)
+    with seeded(context.seed):
         lessons = Lessons(method.inquirer(inquiry), inquiry, measured)
-    log = fit(
+    log = train(
         student.module,
         lessons,
         lambda module, batch: method.terms(_taught(asked, module, batch)),
-        parameter_groups(student.module, method.learning_rate, method.weight_decay),
         method,
-        steps=steps,
-        seed=context.seed,
-        device=context.settings.device,
-        resume=folder.resume,
+        steps,
+        context,
+        folder.resume,
         visit=lambda step: lessons.measure(step, steps),
-        save_seconds=context.settings.save_seconds,
-        quiet=context.settings.quiet,
     )
     metrics = save_samples(*lessons.inquirer.known(SHOWN), student.module, folder)
     metrics |= lessons.curve(folder.partial / CURVE)
-    result = finish(student, log, inputs, folder, [_how_made(method, asked, inputs)])
-    return StepResult(result.digest, result.digests, {**result.metrics, **metrics}, result.notes)
+    return finish(student, log, inputs, folder, [_how_made(method, asked, inputs)], metrics)
 
 
 def _check(teacher: Model, student: Model) -> None:

@@ -109,8 +109,6 @@ Terms = Mapping[str, "torch.Tensor"]  # named terms, weights included; their sum
 class Matching(Trained):
     """A way to learn from what a teacher says of examples."""
 
-    crosses: ClassVar[bool] = False  # whether teacher and student may read text with different tokenizers
-
     @abstractmethod
     def terms(self, taught: Taught) -> Terms:
         """Return the terms of the loss on a batch."""
@@ -152,11 +150,13 @@ class Inside(Guided):
 class Read(Guided):
     """A way to match what the output layers read: `Said.hidden` is that alone, (batch, width), of places the mean."""
 
-    folds: ClassVar[bool] = False  # whether the student is given another output layer at the end
 
+class Folded(Read):
+    """A way that gives the student another output layer at the end."""
+
+    @abstractmethod
     def head(self, extras: nn.Module, teacher: nn.Linear) -> nn.Linear:
-        """Return the student's output layer, made of what was trained along and of the teacher's."""
-        raise NotImplementedError
+        """Return it, made of what was trained along and of the teacher's."""
 
 
 class Online(Matching):
@@ -304,6 +304,36 @@ class BlackBox(Optimised):
         return 1
 
 
+class Contested(BlackBox):
+    """A way in which a generator seeks where teacher and student differ, by gradients guessed from answers."""
+
+    directions: int = Field(1, ge=1, description="Random directions for a gradient (m).")
+    mu: float = Field(1e-3, gt=0, description="Length of a step along them.")
+    student_steps: int = Field(5, ge=1, description="Steps of the student on new images for each of the generator's.")
+    generator_rate: float = Field(1e-4, gt=0, description="Learning rate of the generator (Adam).")
+    latent: int = Field(256, ge=1, description="Random numbers that an image is made from.")
+    width: int = Field(64, ge=2, description="Channels of the generator.")
+
+    @abstractmethod
+    def gap(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+        """Return how far apart log-probabilities and logits (n, classes) are, for each input (n,)."""
+
+    @property
+    def replays(self) -> int:
+        """How many steps on stored images the student takes after those on new ones."""
+        return 0
+
+    def inquirer(self, inquiry: Inquiry) -> Inquirer:
+        from lfm.distill.black_box._contest import Contest, Rules
+
+        return Contest(inquiry, Rules.of(self), self.gap, self.generator_rate)
+
+    def lessons(self, queries: int) -> int:
+        from lfm.distill.black_box._contest import Rules
+
+        return Rules.of(self).lessons(queries, self.batch_size, self.asking)
+
+
 @dataclass(frozen=True)
 class Start:
     """How a text begins: with a prompt, with a token of the vocabulary, or with what marks the beginning of texts."""
@@ -340,6 +370,11 @@ class Written(Optimised):
     max_repetition: float = Field(
         0.5, ge=0, le=1, description="Texts in which a larger share of the 4-grams has stood before are dropped."
     )
+
+    @property
+    def opening(self) -> int:
+        """How many words of a plain text are its prompt, where texts go on from prompts."""
+        return 8
 
     @abstractmethod
     def start(self, number: int, desk: Desk) -> Start:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lfm.checkpoint import OutputFolder
-from lfm.distill._contract import BlackBox, DataFree, Inputs, Matching, OnPolicy, Read, Smaller, Written
+from lfm.distill._contract import BlackBox, DataFree, Folded, Inputs, Matching, OnPolicy, Smaller, Written
 from lfm.errors import RequestError
 from lfm.method import Access, Data, Method
 from lfm.models.ref import ModelRef
@@ -62,13 +62,13 @@ def _reads_alike(method: Method) -> bool:
     """Whether the student has to have the teacher's tokenizer."""
     if isinstance(method, Written):
         return method.answers not in ("best", "text")
-    return isinstance(method, OnPolicy) or (isinstance(method, Matching) and not method.crosses)
+    return isinstance(method, (OnPolicy, Matching))
 
 
 def _teacher_problems(method: Method, teacher: Outline, context: Context) -> list[str]:
     if isinstance(method, (Written, OnPolicy)):
         return _writer_problems(method, teacher)
-    if isinstance(method, Read) and method.folds and _writes_text(teacher):
+    if isinstance(method, Folded) and _writes_text(teacher):
         return [f"{teacher.ref.label}: writes text; an output layer is put in place of a classifier's alone (fitnets)"]
     if not isinstance(method, (DataFree, BlackBox)):
         return []

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,20 +17,19 @@ from torch import nn
 
 from lfm.checkpoint import OutputFolder, read_json
 from lfm.data import Rows
-from lfm.distill._contract import Inputs, Kept, Matching, Online, OnPolicy, Read, Said, Successive, Taught
-from lfm.distill._students import load_student, places_of_classes
+from lfm.distill._contract import Folded, Inputs, Kept, Matching, Online, OnPolicy, Said, Successive, Taught
+from lfm.distill._students import load_student, open_teacher, places_of_classes
+from lfm.distill._training import finish, train
 from lfm.distill._watching import View, linear_head, replace_head, views
 from lfm.errors import RequestError
 from lfm.method import Access, Data
 from lfm.models._surroundings import seeded
 from lfm.models.encode import IGNORE, Batch, Examples, inputs_of, targets
 from lfm.models.handle import Model
-from lfm.models.local import forward, save_model, unique_tensors
-from lfm.models.open import open_in
+from lfm.models.local import forward, unique_tensors
 from lfm.recipe.step import Context, StepResult
-from lfm.train import Descent, Epochs, Log, Source, fit
+from lfm.train import Descent, Epochs, Log, Source
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TEACHER = "teacher"  # of a batch: the same examples as the teacher reads them
 TOLD = ("top_ids", "top_log_probs")  # or in their place what it said of each label: its likeliest classes, (n, k) each
 
@@ -41,7 +39,7 @@ def learn_on_data(method: Matching, inputs: Inputs, context: Context, folder: Ou
     kept = method.kept()
     if kept is not None:
         return _learn_from_kept(method, kept, inputs, context, folder)
-    teacher = open_in(context, context.resolve(inputs.teacher), access=type(method).needs.access)
+    teacher = open_teacher(method, inputs, context)
     if isinstance(method, Successive):
         return _generations(method, teacher, inputs, context, folder)
     student = load_student(inputs, teacher, context)
@@ -79,19 +77,16 @@ def teach(
     steps = method.steps or math.ceil(method.epochs * per_epoch)
     source = Timed(Epochs(examples, method.batch_size, context.seed + seed), method.accumulate, steps)
     learner = Learner.of(pair, source.batch(0), context.seed + seed)
-    log = fit(
+    log = train(
         learner,
         source,
         lambda module, batch: module(batch, source.progress),
-        parameter_groups(learner, method.learning_rate, method.weight_decay),
         method,
-        steps=steps,
-        seed=context.seed + seed,
-        device=context.settings.device,
-        resume=resume,
+        steps,
+        context,
+        resume,
+        seed=seed,
         validate=validation(method, pair, inputs, context, learner.extras),
-        save_seconds=context.settings.save_seconds,
-        quiet=context.settings.quiet,
     )
     learner.fold()
     return log
@@ -128,23 +123,6 @@ def _keep(student: Model, log: Log, place: Path, done: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, draft)
     draft.rename(done)
     shutil.rmtree(place, ignore_errors=True)
-
-
-def parameter_groups(module: nn.Module, learning_rate: float, weight_decay: float) -> list[Mapping[str, Any]]:
-    """Return groups for AdamW: biases and norms do not decay."""
-    own = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = (([p for p in own if p.ndim > 1], weight_decay), ([p for p in own if p.ndim <= 1], 0.0))
-    return [{"params": params, "lr": learning_rate, "weight_decay": decay} for params, decay in groups if params]
-
-
-def finish(student: Model, log: Log, inputs: Inputs, folder: OutputFolder, notes: Sequence[str] = ()) -> StepResult:
-    """Write the student and the log of its training."""
-    log.write(folder.partial / "training.jsonl")
-    digest, digests = save_model(student, folder, DTYPES.get(inputs.dtype or ""))
-    metrics = {"steps": float(len(log.steps)), "final_loss": log.steps[-1]["loss"]}
-    if log.validations:
-        metrics["best_validation_loss"] = min(record["validation"] for record in log.validations)
-    return StepResult(digest, digests, metrics, notes=tuple(notes))
 
 
 # --- pairs ----------------------------------------------------------------------------------------------------------
@@ -281,7 +259,7 @@ class Learner(nn.Module):
         if extras is not None:
             extras = extras.to(next(pair.student.module.parameters()).device)
         learner = cls(pair, extras)
-        if isinstance(method, Read) and method.folds:
+        if isinstance(method, Folded):
             learner._heads = (
                 linear_head(pair.teacher, taught.teacher.hidden),
                 linear_head(pair.student, taught.student.hidden),
@@ -296,7 +274,7 @@ class Learner(nn.Module):
 
     def fold(self) -> None:
         """Give the student the output layer that the method makes of what was trained along."""
-        if self._heads is not None and isinstance(self._pair.method, Read) and self.extras is not None:
+        if self._heads is not None and isinstance(self._pair.method, Folded) and self.extras is not None:
             theirs, ours = self._heads
             places = places_of_classes(self._pair.teacher, self._pair.student)
             replace_head(ours, self._pair.method.head(self.extras, theirs), places)

@@ -10,17 +10,17 @@ import torch
 from lfm.checkpoint import OutputFolder
 from lfm.data import Rows
 from lfm.distill._contract import Inputs, OnPolicy
-from lfm.distill._matching import Pair, finish, parameter_groups, validation
-from lfm.distill._students import load_student
+from lfm.distill._matching import Pair, validation
+from lfm.distill._students import load_student, open_teacher
 from lfm.distill._texts import continued, still
+from lfm.distill._training import finish, train
 from lfm.errors import RequestError
 from lfm.models.encode import IGNORE, Batch, Examples, Given
 from lfm.models.handle import Model
-from lfm.models.open import open_in
 from lfm.models.text import Sampling
 from lfm.models.writing import ModuleStepper
 from lfm.recipe.step import Context, StepResult
-from lfm.train import Epochs, fit
+from lfm.train import Epochs
 
 
 def learn_on_policy(method: OnPolicy, inputs: Inputs, context: Context, folder: OutputFolder) -> StepResult:
@@ -28,7 +28,7 @@ def learn_on_policy(method: OnPolicy, inputs: Inputs, context: Context, folder: 
     if inputs.data is None:
         raise AssertionError("the plan lets nothing run without data")
     rows = context.rows(inputs.data)
-    teacher = open_in(context, context.resolve(inputs.teacher), access=type(method).needs.access)
+    teacher = open_teacher(method, inputs, context)
     student = load_student(inputs, teacher, context)
     for model in (teacher, student):
         if model.task != "causal-lm" or model.encoder.tokenizer is None:
@@ -41,19 +41,15 @@ def learn_on_policy(method: OnPolicy, inputs: Inputs, context: Context, folder: 
         raise RequestError(f"{rows.origin}: has prompts without completions to learn from; set lmbda to 1, or seq_kd")
     source = Mixed(method, prompts, teacher, student, context.seed)
     per_epoch = math.ceil(len(prompts) / (method.batch_size * method.accumulate))
-    log = fit(
+    log = train(
         student.module,
         source,
         lambda module, batch: method.terms(pair.taught(module, batch)),
-        parameter_groups(student.module, method.learning_rate, method.weight_decay),
         method,
-        steps=method.steps or math.ceil(method.epochs * per_epoch),
-        seed=context.seed,
-        device=context.settings.device,
-        resume=folder.resume,
+        method.steps or math.ceil(method.epochs * per_epoch),
+        context,
+        folder.resume,
         validate=validation(method, pair, inputs, context),
-        save_seconds=context.settings.save_seconds,
-        quiet=context.settings.quiet,
     )
     return finish(student, log, inputs, folder)
 

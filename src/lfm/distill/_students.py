@@ -6,11 +6,18 @@ import torch
 
 from lfm.distill._contract import Inputs, Smaller
 from lfm.errors import RequestError
+from lfm.method import Method
 from lfm.models.handle import Model
 from lfm.models.local import load_model
+from lfm.models.open import open_in
 from lfm.models.ref import ModelRef
 from lfm.models.shrink import shrink
 from lfm.recipe.step import Context
+
+
+def open_teacher(method: Method, inputs: Inputs, context: Context) -> Model:
+    """Return the teacher with exactly the access that the method needs: a run shows that it takes no more."""
+    return open_in(context, context.resolve(inputs.teacher), access=type(method).needs.access)
 
 
 def load_student(inputs: Inputs, teacher: Model, context: Context, *, seed: int = 0) -> Model:

@@ -13,18 +13,17 @@ from torch import nn
 from lfm.checkpoint import OutputFolder
 from lfm.data import DataSpec
 from lfm.distill._contract import DataFree, Inputs, Said, Scene, Space, Synthesiser, Taught
-from lfm.distill._matching import finish, parameter_groups
 from lfm.distill._picture import save_sheet
-from lfm.distill._students import load_student
+from lfm.distill._students import load_student, open_teacher
+from lfm.distill._training import finish, train
 from lfm.errors import LfmError, RequestError
 from lfm.method import Access
+from lfm.models._surroundings import seeded
 from lfm.models.encode import Batch
 from lfm.models.handle import Model
 from lfm.models.local import forward
-from lfm.models.open import open_in
 from lfm.models.ref import ImageSpec
 from lfm.recipe.step import Context, StepResult
-from lfm.train import fit
 
 SHOWN = 64  # inputs that are kept to be looked at
 SAMPLES = "synthesised.safetensors"
@@ -35,7 +34,7 @@ PIXELS = "pixel_values"
 def learn_without_data(method: DataFree, inputs: Inputs, context: Context, folder: OutputFolder) -> StepResult:
     """Teach a student on inputs that are made for it, into `folder`; anything that asks for data fails."""
     context = Sealed(context)
-    teacher = open_in(context, context.resolve(inputs.teacher), access=type(method).needs.access)
+    teacher = open_teacher(method, inputs, context)
     student = load_student(inputs, teacher, context)
     device = next(student.module.parameters()).device
     scene = Scene(
@@ -47,33 +46,26 @@ def learn_without_data(method: DataFree, inputs: Inputs, context: Context, folde
         method.steps,
         device,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(context.seed)
+    with seeded(context.seed):
         synthesiser = method.synthesiser(scene)
-    log = fit(
+    log = train(
         student.module,
         Synthesised(synthesiser),
         lambda module, batch: {
             **method.terms(_taught(teacher, module, batch)),
             **synthesiser.terms(module, batch[PIXELS]),
         },
-        parameter_groups(student.module, method.learning_rate, method.weight_decay),
         method,
-        steps=method.steps,
-        seed=context.seed,
-        device=context.settings.device,
-        resume=folder.resume,
-        save_seconds=context.settings.save_seconds,
-        quiet=context.settings.quiet,
+        method.steps,
+        context,
+        folder.resume,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(context.seed + 1)
+    with seeded(context.seed + 1):
         shown = synthesiser.samples(SHOWN)
     metrics = save_samples(shown, answers(teacher, shown), student.module, folder)
     save_sheet(shown, scene.space, folder.partial / SHEET)
     notes = ["made without any data: from the teacher and random numbers alone", *synthesiser.notes]
-    result = finish(student, log, inputs, folder, notes)
-    return StepResult(result.digest, result.digests, {**result.metrics, **metrics}, result.notes)
+    return finish(student, log, inputs, folder, notes, metrics)
 
 
 class Sealed:

@@ -17,10 +17,11 @@ from lfm.checkpoint import OutputFolder
 from lfm.data import Rows
 from lfm.distill._contract import Desk, Inputs, Said, Start, Taught, Written
 from lfm.distill._losses import cross_entropy
-from lfm.distill._matching import TEACHER, TOLD, Pair, finish, parameter_groups
+from lfm.distill._matching import TEACHER, TOLD, Pair
 from lfm.distill._students import load_student
 from lfm.distill._synthesis import Sealed
 from lfm.distill._texts import TOGETHER, Sieve, Text, continued, statistics, token_that_begins, vocabulary_of
+from lfm.distill._training import finish, train
 from lfm.errors import RequestError
 from lfm.method import Access, Data
 from lfm.models._wording import TokenizerWording
@@ -30,7 +31,7 @@ from lfm.models.local import forward
 from lfm.models.open import open_in
 from lfm.models.text import Completion, Sampling
 from lfm.recipe.step import Context, StepResult
-from lfm.train import Epochs, fit
+from lfm.train import Epochs
 
 TEXTS = "synthesised.jsonl"
 COUNT = 1024  # texts, where neither the method nor prompts say how many
@@ -49,31 +50,26 @@ def learn_from_writing(method: Written, inputs: Inputs, context: Context, folder
     _check(teacher, student, answers)
     sieve = _write(method, answers, teacher, student, prompts, inputs.length, context.seed, folder.resume / "texts")
     _save(sieve, folder.partial / TEXTS)
-    log = fit(
+    log = train(
         student.module,
         Epochs(Texts(sieve.kept, answers), method.batch_size, context.seed),
         _loss(method, answers, teacher, student),
-        parameter_groups(student.module, method.learning_rate, method.weight_decay),
         method,
-        steps=method.steps,
-        seed=context.seed,
-        device=context.settings.device,
-        resume=folder.resume,
-        save_seconds=context.settings.save_seconds,
-        quiet=context.settings.quiet,
+        method.steps,
+        context,
+        folder.resume,
     )
     notes = [f"learned from {len(sieve.kept):,} texts that the teacher wrote, by its {answers.replace('_', ' ')}"]
     if type(method).needs.data is Data.NONE:
         notes.append("made without any data: from the teacher and random numbers alone")
-    result = finish(student, log, inputs, folder, notes)
-    return StepResult(result.digest, result.digests, {**result.metrics, **statistics(sieve)}, result.notes)
+    return finish(student, log, inputs, folder, notes, statistics(sieve))
 
 
 def _prompts(method: Written, inputs: Inputs, context: Context) -> list[str]:
     """Return the prompts of the data: those of its rows, or the first words of plain texts."""
     if type(method).needs.data is Data.NONE or inputs.data is None:
         return []
-    return prompts_of(context.rows(inputs.data), getattr(method, "prompt_words", 8))
+    return prompts_of(context.rows(inputs.data), method.opening)
 
 
 def prompts_of(rows: Rows, words: int) -> list[str]:
@@ -89,9 +85,7 @@ def prompts_of(rows: Rows, words: int) -> list[str]:
 def _opened(method: Written, inputs: Inputs, context: Context) -> tuple[Model, str]:
     """Return the teacher with the access that is used, and what of its answers that is."""
     ref = context.resolve(inputs.teacher)
-    teacher = open_in(
-        context, context.resolve(inputs.teacher), access=min(ref.offers, Access.LOGITS) if ref.is_endpoint else None
-    )
+    teacher = open_in(context, ref, access=min(ref.offers, Access.LOGITS) if ref.is_endpoint else None)
     if teacher.task != "causal-lm":
         raise RequestError(f"{teacher.label}: is made for {teacher.task}, and a teacher that writes is a causal-lm")
     best = "logits" if teacher.access >= Access.LOGITS else "top_k" if teacher.access >= Access.PROBS else "text"

@@ -13,15 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lfm.distill._contract import Read, Taught, Terms
+from lfm.distill._contract import Folded, Taught, Terms
 from lfm.distill._features import projections, regression
 from lfm.method import Access, Data, Needs
 
 
-class Simkd(Read):
+class Simkd(Folded):
     needs = Needs(access=Access.WEIGHTS, data=Data.UNLABELLED, trains=True)
     paper = "https://arxiv.org/abs/2203.14001"
-    folds = True
 
     def connectors(self, teacher: Sequence[tuple[int, ...]], student: Sequence[tuple[int, ...]]) -> nn.Module:
         return projections(teacher, student)

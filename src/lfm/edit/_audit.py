@@ -10,6 +10,7 @@ import torch
 
 from lfm.checkpoint import Weights
 from lfm.errors import RequestError
+from lfm.models._surroundings import seeded
 
 EXACT = 1024  # rows or columns up to which all singular values are computed
 DIRECTIONS = 64  # and how many of larger matrices are looked at
@@ -74,8 +75,7 @@ def _rank(change: torch.Tensor) -> int | None:
     if min(change.shape) <= EXACT:
         values = torch.linalg.svdvals(change)
     else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0):
             values = torch.svd_lowrank(change, q=DIRECTIONS, niter=2)[1]
     held = values.double().square().cumsum(0) >= MOST * total
     return int(held.int().argmax()) + 1 if bool(held.any()) else None

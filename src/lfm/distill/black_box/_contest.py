@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lfm.distill._asking import evaluated
-from lfm.distill._contract import Inquiry
+from lfm.distill._contract import Contested, Inquiry
 from lfm.distill.black_box._generator import new_generator, random_latents
 from lfm.distill.black_box._stored import Lesson, Stored
 from lfm.models.zeroth_order import ZerothOrder, estimate_rows
@@ -30,6 +30,11 @@ class Rules:
     mu: float
     latent: int
     width: int
+
+    @classmethod
+    def of(cls, method: Contested) -> Rules:
+        """Return those of a method; the generator takes one step in a turn."""
+        return cls(1, method.student_steps, method.replays, method.directions, method.mu, method.latent, method.width)
 
     def cost(self, batch_size: int) -> int:
         """Return the queries of one turn: a point and its neighbours for the generator, a point for the student."""

@@ -13,35 +13,19 @@ takes images of 8 bits, as endpoints do: there mu has to be 0.05 and more.
 import torch
 from pydantic import Field
 
-from lfm.distill._contract import BlackBox, Inquirer, Inquiry, Taught, Terms
-from lfm.distill.black_box._contest import Contest, Rules, recovered
+from lfm.distill._contract import Contested, Taught, Terms
+from lfm.distill.black_box._contest import recovered
 from lfm.method import Access, Needs
 
 
-class Dfme(BlackBox):
+class Dfme(Contested):
     needs = Needs(access=Access.PROBS, trains=True)
     paper = "https://arxiv.org/abs/2011.14779"
 
     batch_size: int = Field(256, ge=2, description="Inputs in a batch.")
-    directions: int = Field(1, ge=1, description="Random directions for a gradient (m).")
-    mu: float = Field(1e-3, gt=0, description="Length of a step along them.")
-    student_steps: int = Field(5, ge=1, description="Steps of the student for each of the generator's.")
-    generator_rate: float = Field(1e-4, gt=0, description="Learning rate of the generator (Adam).")
-    latent: int = Field(256, ge=1, description="Random numbers that an image is made from.")
-    width: int = Field(64, ge=2, description="Channels of the generator.")
 
-    def inquirer(self, inquiry: Inquiry) -> Inquirer:
-        return Contest(inquiry, self._rules(), _gap, self.generator_rate)
-
-    def lessons(self, queries: int) -> int:
-        return self._rules().lessons(queries, self.batch_size, self.asking)
+    def gap(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+        return (recovered(teacher) - student).abs().mean(-1)
 
     def terms(self, taught: Taught) -> Terms:
-        return {"l1": _gap(taught.teacher.logits, taught.student.logits).mean()}
-
-    def _rules(self) -> Rules:
-        return Rules(1, self.student_steps, 0, self.directions, self.mu, self.latent, self.width)
-
-
-def _gap(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    return (recovered(teacher) - student).abs().mean(-1)
+        return {"l1": self.gap(taught.teacher.logits, taught.student.logits).mean()}

@@ -13,36 +13,25 @@ images of 8 bits needs a larger mu.
 import torch
 from pydantic import Field
 
-from lfm.distill._contract import BlackBox, Inquirer, Inquiry, Taught, Terms
+from lfm.distill._contract import Contested, Taught, Terms
 from lfm.distill._losses import kl
-from lfm.distill.black_box._contest import Contest, Rules
 from lfm.method import Access, Needs
 
 
-class Maze(BlackBox):
+class Maze(Contested):
     needs = Needs(access=Access.PROBS, trains=True)
     paper = "https://arxiv.org/abs/2005.03161"
 
     directions: int = Field(10, ge=1, description="Random directions for a gradient (m).")
-    mu: float = Field(1e-3, gt=0, description="Length of a step along them.")
-    student_steps: int = Field(5, ge=1, description="Steps of the student on new images for each of the generator's.")
-    replay_steps: int = Field(10, ge=0, description="Steps of the student on stored images after these.")
-    generator_rate: float = Field(1e-4, gt=0, description="Learning rate of the generator (Adam).")
+    replay_steps: int = Field(10, ge=0, description="Steps of the student on stored images after those on new ones.")
     latent: int = Field(100, ge=1, description="Random numbers that an image is made from.")
-    width: int = Field(64, ge=2, description="Channels of the generator.")
 
-    def inquirer(self, inquiry: Inquiry) -> Inquirer:
-        return Contest(inquiry, self._rules(), _gap, self.generator_rate)
+    @property
+    def replays(self) -> int:
+        return self.replay_steps
 
-    def lessons(self, queries: int) -> int:
-        return self._rules().lessons(queries, self.batch_size, self.asking)
+    def gap(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+        return kl(teacher.log_softmax(-1), student.log_softmax(-1))
 
     def terms(self, taught: Taught) -> Terms:
-        return {"kl": _gap(taught.teacher.logits, taught.student.logits).mean()}
-
-    def _rules(self) -> Rules:
-        return Rules(1, self.student_steps, self.replay_steps, self.directions, self.mu, self.latent, self.width)
-
-
-def _gap(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    return kl(teacher.log_softmax(-1), student.log_softmax(-1))
+        return {"kl": self.gap(taught.teacher.logits, taught.student.logits).mean()}

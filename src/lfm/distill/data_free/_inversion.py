@@ -45,6 +45,17 @@ class Norms:
         """Find them; those that keep no statistics do not count."""
         return cls([part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats])
 
+    @classmethod
+    def needed(cls, teacher: Model, method: str) -> Norms:
+        """Find them in a teacher. Raises RequestError for one without, where a method is nothing without them."""
+        found = cls.of(teacher.module)
+        if not found.parts:
+            raise RequestError(
+                f"{teacher.label}: has no batch norms, and {method} goes by what they know of the data; "
+                "see noise, boundary or impressions, which take none"
+            )
+        return found
+
     @contextmanager
     def watched(self) -> Iterator[Norms]:
         """Note the statistics of what goes through while this is open."""
@@ -125,14 +136,6 @@ def class_weights(teacher: Model) -> torch.Tensor:
     if not isinstance(weight, torch.Tensor) or len(weight) != len(teacher.encoder.classes or ()):
         raise RequestError(f"{teacher.label}: has no output layer with a row for each class; see inversion or noise")
     return weight.detach().flatten(1)
-
-
-def no_norms(teacher: Model, method: str) -> RequestError:
-    """Return the error for a teacher without statistics, where a method is nothing without them."""
-    return RequestError(
-        f"{teacher.label}: has no batch norms, and {method} goes by what they know of the data; "
-        "see noise, boundary or impressions, which take none"
-    )
 
 
 # --- losses ---------------------------------------------------------------------------------------------------------

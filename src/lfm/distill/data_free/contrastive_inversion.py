@@ -25,7 +25,6 @@ from lfm.distill.data_free._inversion import (
     descend,
     disagreement,
     moved,
-    no_norms,
 )
 from lfm.method import Access, Needs
 
@@ -63,9 +62,7 @@ class _Contrasted(Pool):
             scene, self._round, rounds=method.rounds, spread=method.spread, shift=method.shift, flip=method.flip
         )
         self._method = method
-        self._norms = Norms.of(scene.teacher.module)
-        if not self._norms.parts:
-            raise no_norms(scene.teacher, "contrastive_inversion")
+        self._norms = Norms.needed(scene.teacher, "contrastive_inversion")
         width = sum(int(part.num_features) for part in self._norms.parts)
         head = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, 128)).to(scene.device)
         self.modules["head"] = head

@@ -28,7 +28,6 @@ from lfm.distill.data_free._inversion import (
     descend,
     disagreement,
     moved,
-    no_norms,
 )
 from lfm.method import Access, Needs
 
@@ -71,9 +70,7 @@ class _MetaGenerated(Pool):
             most=method.keep,
         )
         self._method = method
-        self._norms = Norms.of(scene.teacher.module)
-        if not self._norms.parts:
-            raise no_norms(scene.teacher, "meta_generator")
+        self._norms = Norms.needed(scene.teacher, "meta_generator")
         self._generator = Generator(scene.space, method.latent, method.width, end="free").to(scene.device)
         self.modules["generator"] = self._generator
         self._meta = torch.optim.Adam(

@@ -23,5 +23,9 @@ class Sequence(Written):
     )
     prompt_words: int = Field(8, ge=1, description="Words of a plain text that are its prompt.")
 
+    @property
+    def opening(self) -> int:
+        return self.prompt_words
+
     def start(self, number: int, desk: Desk) -> Start:
         return Start(prompt=desk.prompts[number % len(desk.prompts)])
