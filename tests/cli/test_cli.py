@@ -25,19 +25,6 @@ def family(tmp_path_factory):
     return [str(write_llama(root / name, seed)) for seed, name in enumerate(("base", "a", "b"))]
 
 
-@pytest.fixture
-def lfm(capsys):
-    """Return a function that runs a command and gives (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out, err
-
-    return call
-
-
 def test_help_lists_every_command_and_verb(lfm):
     code, out, _ = lfm("--help")
     assert code == 0

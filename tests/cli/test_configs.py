@@ -6,23 +6,14 @@ import pytest
 import yaml
 from tests.tiny import write_llama
 
-from lfm.cli import main
-
 CONFIG = "merge_method: linear\nmodels: [{{model: {0}/a}}, {{model: {0}/b}}]\nparameters: {{weight: 1}}\n"
 
 
 @pytest.fixture
-def lfm(capsys, tmp_path):
-    """Return a function that runs a command and gives (exit code, stdout, stderr)."""
+def lfm(lfm, tmp_path):
+    """Return a function that runs a command and gives (exit code, stdout, stderr), beside a configuration."""
     (tmp_path / "their.yaml").write_text(CONFIG.format(tmp_path))
-
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out, err
-
-    return call
+    return lfm
 
 
 @pytest.fixture

@@ -11,19 +11,6 @@ from lfm.checkpoint import open_checkpoint
 from lfm.cli import main
 
 
-@pytest.fixture
-def lfm(capsys):
-    """Return a function that runs a command and gives (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out, err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Return (model, requests, edited folder): three edits of a model that knows nothing, each a patch."""

@@ -84,7 +84,7 @@ def run(method: Edit, inputs: Inputs, context: Context, folder: OutputFolder) ->
     made = list(_kept(updates, watch, len(requests), settings.quiet))
     deltas = [_delta(update, below, method, model) for update in made]
     patched = Patched(below.weights, (*earlier, *deltas))
-    _reload(model, patched, deltas)
+    _reload(model, patched, made, below)
     after = listen(model, requests)
     facts = {"edits": float(len(requests)), **metrics(before, after), **updates.facts}
     moved = drift.now(model)
@@ -225,17 +225,11 @@ def _on_disk(name: str, checkpoint: Checkpoint) -> str:
     return found[0]
 
 
-def _reload(model: Model, patched: Patched, deltas: Sequence[Delta]) -> None:
+def _reload(model: Model, patched: Patched, made: Sequence[Update], base: Checkpoint) -> None:
     """Put the matrices as they will be saved, rounded to the checkpoint's type, into the module."""
-    changed = {name for delta in deltas for name in delta.changes}
     with torch.no_grad():
-        for name, parameter in model.module.named_parameters():
-            mine = next(
-                (other for other in changed if f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")),
-                None,
-            )
-            if mine is not None:
-                parameter.copy_(patched.tensor(mine))
+        for name in {name for update in made for name in update.changes}:
+            model.module.get_parameter(name).copy_(patched.tensor(_on_disk(name, base)))
 
 
 __all__ = ["plan", "run"]
